@@ -1,0 +1,143 @@
+//! The harness itself: what the other suites and the lab stand on.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use mesh_tests::{
+    Lab, Node, Pod,
+    capture::Capture,
+    instance,
+    netns::Namespace,
+    rules,
+    wait::{self, SOON},
+};
+
+struct World {
+    a: Node,
+    client: Pod,
+    server: Pod,
+    lab: Lab,
+}
+
+fn world() -> World {
+    let lab = Lab::new().unwrap();
+    let (a, b) = (lab.node("a").unwrap(), lab.node("b").unwrap());
+    let (client, server) = (a.pod("client").unwrap(), b.pod("server").unwrap());
+    lab.settle(&[&client, &server]).unwrap();
+    World { a, client, server, lab }
+}
+
+#[test]
+fn pods_reach_each_other_with_their_own_addresses() {
+    let world = world();
+    let _programs = world.server.serve(8080, 9000).unwrap();
+    for (server, client) in
+        [(world.server.v4(), world.client.v4()), (world.server.v6(), world.client.v6())]
+    {
+        let url = format!("http://{}/x", SocketAddr::new(server, 8080));
+        let said = world.client.fetch(&url).unwrap().ok().unwrap();
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(said["client"], client.to_string());
+        assert_eq!(said["name"], "server");
+        let tcp = SocketAddr::new(server, 9000);
+        for what in [
+            &["who"][..],
+            &["echo", "hello"],
+            &["sum", "1000003"],
+            &["send", "1000003"],
+            &["cut"],
+            &["tick", "3", "1"],
+        ] {
+            world.client.tcp(tcp, what).unwrap().ok().unwrap();
+        }
+        let reset = world.client.tcp(tcp, &["reset", "1000"]).unwrap().ok().unwrap();
+        assert!(reset.contains(r#""end":"reset""#), "{reset}");
+    }
+    let from_node = world.a.run(["true"]).unwrap();
+    assert!(from_node.is_ok());
+}
+
+#[test]
+fn our_own_client_can_stand_in_for_curl() {
+    let world = world();
+    let _programs = world.server.serve(8080, 9000).unwrap();
+    let url = format!("http://{}/bytes/3", SocketAddr::new(world.server.v6(), 8080));
+    let got = world.client.spawn(["http-get", &url]).unwrap().finish(SOON).unwrap();
+    assert_eq!(got.ok().unwrap(), "xxx\n");
+}
+
+#[test]
+fn plain_traffic_is_noticed_on_the_wire() {
+    let world = world();
+    let _programs = world.server.serve(8080, 9000).unwrap();
+    let capture = Capture::start(world.lab.wire(), &["marker-of-mine"]).unwrap();
+    let to = SocketAddr::new(world.server.v4(), 9000);
+    world.client.tcp(to, &["echo", "marker-of-mine"]).unwrap().ok().unwrap();
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.marker.as_deref(), Some("marker-of-mine"));
+    assert!(seen.objection().is_some());
+    assert!(seen.attempts.contains(&to), "{:?}", seen.attempts);
+    assert!(seen.payload[&to] > 30, "{:?}", seen.payload);
+    // And silence is silence.
+    let seen = Capture::start(world.lab.wire(), &["marker-of-mine"]).unwrap().stop().unwrap();
+    assert_eq!(seen.objection(), None);
+}
+
+#[test]
+fn packet_filters_are_noticed() {
+    let world = world();
+    let namespace = world.client.namespace();
+    assert_eq!(rules::packet_filters(namespace).unwrap(), Vec::<String>::new());
+    let rule = ["iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "ACCEPT"];
+    world.client.run(rule).unwrap().ok().unwrap();
+    let found = rules::packet_filters(namespace).unwrap();
+    assert!(found.iter().any(|table| table.contains("nat")), "{found:?}");
+}
+
+#[test]
+fn nothing_is_left() {
+    let world = world();
+    let mut server = world.server.spawn(["tcp-server", "[::]:9000"]).unwrap();
+    server.says("listening", SOON).unwrap();
+    let (id, pid, name) =
+        (world.lab.id().to_owned(), server.id(), world.client.namespace().name().to_owned());
+    assert!(instance::running().contains(&id));
+    // As if the program had been left by a crash: nobody waits for it.
+    let World { a, client, server: pod, lab } = world;
+    drop((a, client, pod));
+    drop(lab);
+    wait::until("the program's end", SOON, || Ok((!server.is_running()).then_some(()))).unwrap();
+    assert!(Namespace::open(&name).is_err());
+    assert!(!instance::running().contains(&id));
+    assert!(instance::folder(&id).is_err(), "{pid}");
+}
+
+#[test]
+fn what_a_crash_left_is_swept() {
+    let world = world();
+    let id = world.lab.id().to_owned();
+    let name = world.client.namespace().name().to_owned();
+    // A second owner of the same names, killed: its folder is there and nobody holds the lock.
+    let stale = "dead";
+    let left = std::path::Path::new("/run/ambient-lab").join(stale);
+    std::fs::create_dir_all(&left).unwrap();
+    Namespace::create("lab-dead-pod").unwrap();
+    let next = Lab::new().unwrap();
+    assert!(Namespace::open("lab-dead-pod").is_err());
+    assert!(!left.exists());
+    // And the living was spared.
+    assert!(Namespace::open(&name).is_ok());
+    assert!(instance::running().contains(&id));
+    drop(next);
+}
+
+#[test]
+fn a_program_that_ends_is_told_from_one_that_is_slow() {
+    let world = world();
+    let mut program = world.client.program(["false"]).spawn().unwrap();
+    let why = program.says("anything", Duration::from_secs(5)).unwrap_err();
+    assert!(why.to_string().contains("ended"), "{why:#}");
+    let failed = world.client.run(["no-such-program"]).unwrap();
+    assert!(failed.err.contains("cannot run no-such-program"), "{}", failed.err);
+}
