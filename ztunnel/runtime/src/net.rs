@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use metrics::Counter;
+use ::metrics::Counter;
 use socket2::SockRef;
 use tokio::io::Interest;
 
