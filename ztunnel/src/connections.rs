@@ -1,0 +1,139 @@
+//! The connections of one pod that live now, for the dump.
+
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// Which way a connection goes, as seen from the pod.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Direction {
+    /// To the pod.
+    Inbound,
+    /// From the pod.
+    Outbound,
+}
+
+/// What carries a connection. The words are those of Istio's dump.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Carrier {
+    /// A tunnel.
+    Hbone,
+    /// A tunnel in a tunnel.
+    DoubleHbone,
+    /// Nothing: plain TCP.
+    Tcp,
+}
+
+impl Carrier {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hbone => "HBONE",
+            Self::DoubleHbone => "DOUBLEHBONE",
+            Self::Tcp => "TCP",
+        }
+    }
+}
+
+/// One line of the dump.
+#[derive(Clone, Debug)]
+pub(crate) struct Live {
+    pub(crate) direction: Direction,
+    pub(crate) source: SocketAddr,
+    pub(crate) original: Option<Box<str>>,
+    pub(crate) actual: SocketAddr,
+    pub(crate) carrier: Carrier,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    next: u64,
+    live: BTreeMap<u64, Live>,
+}
+
+/// The live connections of one pod.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Connections(Arc<Mutex<Slots>>);
+
+/// A connection is on the list for as long as this lives.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Listed {
+    list: Connections,
+    key: u64,
+}
+
+impl Connections {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a connection on the list.
+    pub(crate) fn list(&self, live: Live) -> Listed {
+        let mut slots = self.slots();
+        let key = slots.next;
+        slots.next += 1;
+        slots.live.insert(key, live);
+        Listed { list: self.clone(), key }
+    }
+
+    /// The two lists, in the shape of Istio's `workloadState`.
+    pub(crate) fn dump(&self) -> Value {
+        let slots = self.slots();
+        let of = |direction| -> Vec<Value> {
+            slots
+                .live
+                .values()
+                .filter(|live| live.direction == direction)
+                .map(|live| {
+                    let original = live.original.as_deref();
+                    json!({
+                        "src": live.source.to_string(),
+                        "originalDst": original,
+                        "actualDst": live.actual.to_string(),
+                        "protocol": live.carrier.as_str(),
+                    })
+                })
+                .collect()
+        };
+        json!({ "inbound": of(Direction::Inbound), "outbound": of(Direction::Outbound) })
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.list.slots().live.remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_what_lives() {
+        let list = Connections::default();
+        let live = |direction, carrier| Live {
+            direction,
+            source: "10.0.0.1:1000".parse().unwrap(),
+            original: Some("10.0.0.9:80".into()),
+            actual: "10.0.0.2:15008".parse().unwrap(),
+            carrier,
+        };
+        let one = list.list(live(Direction::Outbound, Carrier::Hbone));
+        let two = list.list(live(Direction::Inbound, Carrier::Tcp));
+        drop(two);
+        let expect = json!({
+            "inbound": [],
+            "outbound": [{
+                "src": "10.0.0.1:1000", "originalDst": "10.0.0.9:80",
+                "actualDst": "10.0.0.2:15008", "protocol": "HBONE",
+            }],
+        });
+        assert_eq!(list.dump(), expect);
+        drop(one);
+        assert_eq!(list.dump(), json!({ "inbound": [], "outbound": [] }));
+    }
+}

@@ -1,0 +1,188 @@
+//! The families of the node proxy, and the handles of the connections that use them now.
+
+use crate::telemetry::{Counters, Ends, Reporter, Source};
+use mesh_core::{Service, SpiffeId, Workload};
+use mesh_runtime::metrics::{Counter, Family, Gauge, Labels, Registry};
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// Label sets that are remembered, at most. A node rarely has more pairs of talking workloads at a
+/// time; beyond that they are only resolved again.
+const REMEMBERED: usize = 4096;
+
+/// The families.
+pub(crate) struct Metrics {
+    opened: Family<Counter>,
+    closed: Family<Counter>,
+    failed: Family<Counter>,
+    received: Family<Counter>,
+    sent: Family<Counter>,
+    sockets_source: Gauge,
+    sockets_destination: Gauge,
+    refused: Family<Counter>,
+    policy_denials: Family<Counter>,
+    /// Proxies of pods: running, waiting for another try, started and stopped so far.
+    pub(crate) pods: Pods,
+    known: Mutex<HashMap<Pair, Known>>,
+}
+
+/// The gauges and counters of the pods.
+pub(crate) struct Pods {
+    pub(crate) active: Gauge,
+    pub(crate) pending: Gauge,
+    pub(crate) started: Counter,
+    pub(crate) stopped: Counter,
+}
+
+/// What tells two pairs of ends apart without reading them: the entry holds on to what it points to,
+/// so that no address is used twice.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+struct Pair {
+    reporter: Reporter,
+    source: usize,
+    identity: Option<SpiffeId>,
+    destination: usize,
+    service: usize,
+    mutual_tls: bool,
+}
+
+struct Known {
+    counters: Arc<Counters>,
+    _source: Option<Arc<Workload>>,
+    _destination: Option<Arc<Workload>>,
+    _service: Option<Arc<Service>>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+fn place<T>(value: Option<&Arc<T>>) -> usize {
+    value.map_or(0, |value| Arc::as_ptr(value).addr())
+}
+
+impl Metrics {
+    /// Registers the families.
+    pub(crate) fn new(registry: &Registry, version: &str) -> Self {
+        let counter = |name, help| registry.counter(name, help);
+        let gauge = |name, help| registry.gauge(name, help);
+        let build = Labels::new([("component", "ztunnel"), ("tag", version)]);
+        gauge("istio_build", "Istio component build info.").with(&build).set(1.0);
+        let sockets =
+            gauge("istio_tcp_sockets_open", "The number of proxied TCP sockets open now.");
+        let reporter = |reporter: Reporter| Labels::new([("reporter", reporter.as_str())]);
+        Self {
+            opened: counter("istio_tcp_connections_opened", "TCP connections opened."),
+            closed: counter("istio_tcp_connections_closed", "TCP connections closed."),
+            failed: counter("istio_tcp_connections_failed", "TCP connections that failed."),
+            received: counter("istio_tcp_received_bytes", "Bytes received as requests."),
+            sent: counter("istio_tcp_sent_bytes", "Bytes sent as responses."),
+            sockets_source: sockets.with(&reporter(Reporter::Source)),
+            sockets_destination: sockets.with(&reporter(Reporter::Destination)),
+            refused: counter(
+                "istio_tcp_connections_refused",
+                "Connections refused before they were counted as opened.",
+            ),
+            policy_denials: counter(
+                "istio_policy_unavailable_denials",
+                "Connections denied because a policy that applies has not arrived or was rejected.",
+            ),
+            pods: Pods {
+                active: gauge("workload_manager_active_proxy_count", "Pods served now.").single(),
+                pending: gauge(
+                    "workload_manager_pending_proxy_count",
+                    "Pods that could not be served and are tried again.",
+                )
+                .single(),
+                started: counter("workload_manager_proxies_started", "Pods taken on.").single(),
+                stopped: counter("workload_manager_proxies_stopped", "Pods let go.").single(),
+            },
+            known: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// The counters of the connections between these ends; remembered, so that the labels are made
+    /// once for each pair.
+    pub(crate) fn counters(&self, ends: &Ends) -> Arc<Counters> {
+        let source = match &ends.source {
+            Source::Workload(workload) => Some(workload),
+            Source::Told(_) => return Arc::new(self.resolve(ends)),
+            Source::Unknown => None,
+        };
+        let pair = Pair {
+            reporter: ends.reporter,
+            source: place(source),
+            identity: ends.source_identity.clone(),
+            destination: place(ends.destination.as_ref()),
+            service: place(ends.service.as_ref()),
+            mutual_tls: ends.mutual_tls,
+        };
+        if let Some(known) = self.known().get(&pair) {
+            return Arc::clone(&known.counters);
+        }
+        let counters = Arc::new(self.resolve(ends));
+        let entry = Known {
+            counters: Arc::clone(&counters),
+            _source: source.cloned(),
+            _destination: ends.destination.clone(),
+            _service: ends.service.clone(),
+        };
+        let mut known = self.known();
+        if known.len() >= REMEMBERED {
+            known.clear();
+        }
+        known.insert(pair, entry);
+        counters
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Pair, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resolve(&self, ends: &Ends) -> Counters {
+        let labels = ends.labels("-");
+        Counters {
+            opened: self.opened.with(&labels),
+            closed: self.closed.with(&labels),
+            received: self.received.with(&labels),
+            sent: self.sent.with(&labels),
+        }
+    }
+
+    /// Counts a connection as over, with this response flag.
+    pub(crate) fn closed(&self, ends: &Ends, counters: &Counters, flag: &str) {
+        if flag == "-" {
+            counters.closed.increment(1);
+        } else {
+            let labels = ends.labels(flag);
+            self.closed.with(&labels).increment(1);
+            self.failed.with(&labels).increment(1);
+        }
+    }
+
+    /// Counts a socket pair in or out.
+    pub(crate) fn sockets(&self, reporter: Reporter, change: f64) {
+        match reporter {
+            Reporter::Source => &self.sockets_source,
+            Reporter::Destination => &self.sockets_destination,
+        }
+        .increment(change);
+    }
+
+    /// Counts a connection that was refused before it was counted.
+    pub(crate) fn refused(&self, reporter: Reporter, reason: &str) {
+        let labels = Labels::new([("reporter", reporter.as_str()), ("reason", reason)]);
+        self.refused.with(&labels).increment(1);
+    }
+
+    /// Counts a connection that was denied for want of a policy.
+    pub(crate) fn policy_unavailable(&self, policy: &str, reason: &'static str) {
+        let labels = Labels::new([("policy", policy), ("reason", reason)]);
+        self.policy_denials.with(&labels).increment(1);
+    }
+}

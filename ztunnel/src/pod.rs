@@ -1,0 +1,198 @@
+//! The pods that this node proxy serves: how they come and go, and what each one owns.
+
+pub mod manager;
+pub mod protocol;
+pub mod reconcile;
+
+use crate::{
+    config::DataPath,
+    connections::Connections,
+    inbound, outbound,
+    telemetry::{Reporter, Telemetry},
+};
+use mesh_core::{Failure, PeerAddr, Reason, Workload};
+use mesh_hbone::Pool;
+use mesh_identity::{Certificates, WorkloadCertificate};
+use mesh_platform::{CaptureError, Listeners, Netns, Redirect};
+use mesh_runtime::{
+    access_log::Level,
+    net::accept_loop,
+    tasks::{Draining, Tasks},
+    threads::Workers,
+};
+use mesh_state::{Enrolment, Handle, PodInfo};
+use std::{
+    fmt,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{sync::watch, time::timeout};
+
+/// How long a connection waits for the control plane to say who its pod is.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What all pods share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<DataPath>,
+    pub(crate) state: Handle,
+    pub(crate) certificates: Certificates,
+    pub(crate) redirect: Arc<dyn Redirect>,
+    pub(crate) workers: Workers,
+    pub(crate) telemetry: Telemetry,
+}
+
+/// A pod that is served. What belongs to it ends with it: its listeners, tunnels and connections.
+pub(crate) struct Pod {
+    pub(crate) shared: Shared,
+    pub(crate) info: PodInfo,
+    pub(crate) sockets: mesh_platform::Pod,
+    pub(crate) enrolment: Enrolment,
+    pub(crate) pool: Pool,
+    pub(crate) connections: Connections,
+    pub(crate) tasks: Tasks,
+}
+
+impl fmt::Debug for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pod").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+/// The control plane has not said who the pod is.
+#[derive(Clone, Debug)]
+pub(crate) struct UnknownPod(PodInfo);
+
+impl fmt::Display for UnknownPod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let PodInfo { name, namespace, service_account } = &self.0;
+        write!(
+            f,
+            "the control plane has not sent the workload of this pod ({namespace}/{name}, service \
+             account {service_account}) within {} s: check that it is connected and knows the pod",
+            PATIENCE.as_secs(),
+        )
+    }
+}
+
+impl std::error::Error for UnknownPod {}
+
+impl Pod {
+    /// Captures the pod and serves it from now on. Blocks for as long as the kernel takes.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the pod cannot be captured.
+    pub(crate) fn start(
+        shared: &Shared,
+        uid: &str,
+        info: PodInfo,
+        netns: &Netns,
+        tasks: Tasks,
+    ) -> Result<Arc<Self>, CaptureError> {
+        let (sockets, listeners) = shared.redirect.enrol(uid, netns)?;
+        let pool = Pool::new(shared.config.hbone.clone(), tasks.child());
+        let pod = Arc::new(Self {
+            enrolment: shared.state.enrol(info.clone()),
+            shared: shared.clone(),
+            info,
+            sockets,
+            pool,
+            connections: Connections::default(),
+            tasks,
+        });
+        pod.listen(listeners);
+        Ok(pod)
+    }
+
+    fn listen(self: &Arc<Self>, listeners: Listeners) {
+        let Listeners { outbound, inbound, hbone, .. } = listeners;
+        self.accept(outbound, outbound::accepted);
+        self.accept(inbound, inbound::plaintext::accepted);
+        self.accept(hbone, inbound::accepted);
+    }
+
+    fn accept(
+        self: &Arc<Self>,
+        listener: TcpListener,
+        serve: fn(&Arc<Self>, std::net::TcpStream, SocketAddr),
+    ) {
+        let pod = Arc::clone(self);
+        let worker = self.shared.workers.next();
+        self.tasks.spawn_on(worker, move |draining: Draining| async move {
+            let taken = |stream, peer: SocketAddr| {
+                serve(&pod, stream, PeerAddr::from(peer).into());
+            };
+            accept_loop(listener, draining, taken).await;
+        });
+    }
+
+    /// The workload of this pod, if the control plane has sent it.
+    pub(crate) fn workload_now(&self) -> Option<Arc<Workload>> {
+        self.enrolment.workload.borrow().clone()
+    }
+
+    /// The workload of this pod; the control plane is given 5 s to send it.
+    ///
+    /// # Errors
+    ///
+    /// Returns a failure once they are over.
+    pub(crate) async fn workload(&self) -> Result<Arc<Workload>, Failure> {
+        let mut workload: watch::Receiver<_> = self.enrolment.workload.clone();
+        let wait = async { workload.wait_for(Option::is_some).await.ok()?.clone() };
+        match timeout(PATIENCE, wait).await {
+            Ok(Some(workload)) => Ok(workload),
+            Ok(None) | Err(_) => Err(Failure {
+                side: mesh_core::Side::Local,
+                reason: Reason::NoUpstream,
+                source: Some(Box::new(UnknownPod(self.info.clone()))),
+            }),
+        }
+    }
+
+    /// The certificate of this pod.
+    ///
+    /// # Errors
+    ///
+    /// Returns a failure where it is not to be had.
+    pub(crate) async fn certificate(
+        &self,
+        workload: &Workload,
+    ) -> Result<Arc<WorkloadCertificate>, Failure> {
+        self.shared.certificates.get(&workload.identity).await.map_err(|error| Failure {
+            side: mesh_core::Side::Local,
+            reason: Reason::Identity,
+            source: Some(Box::new(error)),
+        })
+    }
+
+    /// Reports a connection that is refused before it is counted.
+    pub(crate) fn refuse(&self, refused: &Refused<'_>) {
+        let telemetry = &self.shared.telemetry;
+        telemetry.metrics.refused(refused.reporter, refused.reason);
+        if telemetry.log.enabled(Level::Warn) {
+            telemetry.log.line(Level::Warn, "connection failed", |fields| {
+                fields.addr("src.addr", refused.source);
+                fields.addr("dst.addr", refused.destination);
+                fields.text("direction", match refused.reporter {
+                    Reporter::Source => "outbound",
+                    Reporter::Destination => "inbound",
+                });
+                fields.text("error", refused.error);
+            });
+        }
+    }
+}
+
+/// A connection that is refused before it is counted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refused<'a> {
+    pub(crate) reporter: Reporter,
+    pub(crate) source: SocketAddr,
+    pub(crate) destination: SocketAddr,
+    /// A word for the metric.
+    pub(crate) reason: &'static str,
+    /// A sentence for the log.
+    pub(crate) error: &'a str,
+}

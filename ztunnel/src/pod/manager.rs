@@ -1,0 +1,321 @@
+//! The task that keeps to the CNI agent: the one door through which pods come and go.
+
+use super::{
+    Pod, Shared,
+    protocol::{self, MAX_PACKET},
+    reconcile::{Reconcile, Step},
+};
+use mesh_platform::{Netns, uds::Seqpacket};
+use mesh_runtime::{
+    backoff::Backoff,
+    ready::Gate,
+    tasks::{Draining, Tasks},
+};
+use mesh_state::PodInfo;
+use serde_json::{Map, Value, json};
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::time::{Instant, interval_at, sleep};
+
+/// How often a pod that could not be served is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// The pods that are served now, for the dump.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Served(Arc<Mutex<BTreeMap<String, Entry>>>);
+
+#[derive(Debug)]
+enum Entry {
+    Up(Arc<Pod>),
+    Pending { info: PodInfo, why: String },
+}
+
+impl Served {
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Istio's `workloadState`, with the reason where a pod is not served.
+    pub(crate) fn dump(&self) -> Value {
+        let info = |info: &PodInfo| {
+            json!({
+                "name": info.name.as_str(),
+                "namespace": info.namespace.as_str(),
+                "serviceAccount": info.service_account.as_str(),
+            })
+        };
+        let entries = self.entries();
+        let dump: Map<_, _> = entries
+            .iter()
+            .map(|(uid, entry)| {
+                let value = match entry {
+                    Entry::Up(pod) => json!({
+                        "state": "Up",
+                        "info": info(&pod.info),
+                        "connections": pod.connections.dump(),
+                    }),
+                    Entry::Pending { info: who, why } => {
+                        json!({ "state": "Pending", "info": info(who), "reason": why })
+                    }
+                };
+                (uid.clone(), value)
+            })
+            .collect();
+        Value::Object(dump)
+    }
+}
+
+/// The agent does not speak our protocol.
+#[derive(Clone, Debug)]
+pub(crate) struct ProtocolBroken(String);
+
+impl fmt::Display for ProtocolBroken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the CNI agent does not speak ZDS version 1 ({}): check that istio-cni fits", self.0)
+    }
+}
+
+impl std::error::Error for ProtocolBroken {}
+
+/// Why a session with the agent ended.
+#[derive(Debug)]
+enum Ended {
+    /// The connection is gone: make another.
+    Lost(io::Error),
+    /// There is no point in another.
+    Broken(ProtocolBroken),
+    /// We were told to stop.
+    Stopping,
+}
+
+/// Keeps to the agent until told to stop.
+#[derive(Debug)]
+pub(crate) struct Manager {
+    shared: Shared,
+    tasks: Tasks,
+    gate: Gate,
+    served: Served,
+    machine: Reconcile,
+    waiting: BTreeMap<String, (PodInfo, Netns)>,
+}
+
+impl Manager {
+    /// Nothing is served yet. Pods and what they own become children of `tasks`.
+    pub(crate) fn new(shared: Shared, tasks: Tasks, gate: Gate, served: Served) -> Self {
+        let machine = Reconcile::default();
+        Self { shared, tasks, gate, served, machine, waiting: BTreeMap::new() }
+    }
+
+    /// Connects, and connects again, until told to stop.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error where the agent does not speak our protocol.
+    pub(crate) async fn run(
+        mut self,
+        agent: PathBuf,
+        draining: Draining,
+    ) -> Result<(), ProtocolBroken> {
+        let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(15));
+        loop {
+            let ended = match self.connect(&agent, &draining).await {
+                Ok(connection) => {
+                    tracing::info!(agent = %agent.display(), "connected to the CNI agent");
+                    backoff.reset();
+                    self.machine.connected();
+                    self.waiting.clear();
+                    self.publish();
+                    self.session(connection, &draining).await
+                }
+                Err(ended) => ended,
+            };
+            self.machine.disconnected();
+            self.publish();
+            match ended {
+                Ended::Stopping => return Ok(()),
+                Ended::Broken(broken) => return Err(broken),
+                Ended::Lost(error) => {
+                    let delay = backoff.next_delay();
+                    tracing::warn!(agent = %agent.display(), %error, ?delay, "no connection to the CNI agent: pods stay as they are");
+                    tokio::select! {
+                        () = sleep(delay) => {}
+                        () = draining.stopping() => return Ok(()),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn connect(&self, agent: &Path, draining: &Draining) -> Result<Seqpacket, Ended> {
+        tokio::select! {
+            connection = Seqpacket::connect(agent) => connection.map_err(Ended::Lost),
+            () = draining.stopping() => Err(Ended::Stopping),
+        }
+    }
+
+    async fn session(&mut self, connection: Seqpacket, draining: &Draining) -> Ended {
+        if let Err(error) = connection.send(&protocol::hello()).await {
+            return Ended::Lost(error);
+        }
+        let mut retry = interval_at(Instant::now() + RETRY, RETRY);
+        let mut packet = [0; MAX_PACKET];
+        loop {
+            tokio::select! {
+                biased;
+                () = draining.stopping() => return Ended::Stopping,
+                received = connection.recv(&mut packet) => {
+                    let ended = match received {
+                        Ok((0, _)) => Some(Ended::Lost(io::ErrorKind::UnexpectedEof.into())),
+                        Ok((length, netns)) => {
+                            let bytes = packet.get(..length).unwrap_or_default();
+                            self.packet(&connection, bytes, netns).await.err()
+                        }
+                        Err(error) => {
+                            let text = format!("failure to read message : {error}");
+                            let _lost = connection.send(&protocol::ack(&text)).await;
+                            Some(Ended::Lost(error))
+                        }
+                    };
+                    if let Some(ended) = ended {
+                        return ended;
+                    }
+                }
+                _ = retry.tick() => self.retry().await,
+            }
+            self.publish();
+        }
+    }
+
+    /// Does what a packet asks for, and acknowledges it.
+    async fn packet(
+        &mut self,
+        connection: &Seqpacket,
+        bytes: &[u8],
+        netns: Option<std::os::fd::OwnedFd>,
+    ) -> Result<(), Ended> {
+        let request = match protocol::parse(bytes, netns.is_some()) {
+            Ok(request) => request,
+            Err(invalid) => {
+                let what = if invalid.is_fatal() { "process" } else { "read" };
+                let text = format!("failure to {what} message : {invalid}");
+                tracing::error!(error = %invalid, "a packet of the CNI agent is refused");
+                connection.send(&protocol::ack(&text)).await.map_err(Ended::Lost)?;
+                return Err(if invalid.is_fatal() {
+                    Ended::Broken(ProtocolBroken(invalid.to_string()))
+                } else {
+                    Ended::Lost(io::Error::new(io::ErrorKind::InvalidData, invalid))
+                });
+            }
+        };
+        tracing::debug!(?request, "message of the CNI agent");
+        let netns = match netns.map(Netns::from_fd).transpose() {
+            Ok(netns) => netns,
+            Err(error) => {
+                let text = format!("failure to start proxy : {error}");
+                return connection.send(&protocol::ack(&text)).await.map_err(Ended::Lost);
+            }
+        };
+        let error = match self.machine.message(request, netns.as_ref().map(Netns::id)) {
+            Step::Done => String::new(),
+            Step::Stop(uids) => {
+                for uid in uids {
+                    self.stop(&uid).await;
+                }
+                String::new()
+            }
+            Step::Start { uid, pod } => match netns {
+                Some(netns) => {
+                    let started = self.start(&uid, pod, netns).await;
+                    started.err().map(|why| format!("failure to start proxy : {why}")).unwrap_or_default()
+                }
+                None => String::new(),
+            },
+            Step::Broken(what) => {
+                let text = format!("failure to process message : {what}");
+                connection.send(&protocol::ack(&text)).await.map_err(Ended::Lost)?;
+                return Err(Ended::Broken(ProtocolBroken(what.to_owned())));
+            }
+        };
+        connection.send(&protocol::ack(&error)).await.map_err(Ended::Lost)
+    }
+
+    async fn start(&mut self, uid: &str, info: PodInfo, netns: Netns) -> Result<(), String> {
+        // The same pod in another namespace: its sandbox was made anew.
+        self.stop(uid).await;
+        let tasks = self.tasks.child();
+        let (shared, key, who, place) =
+            (self.shared.clone(), uid.to_owned(), info.clone(), netns.clone());
+        let began = Instant::now();
+        // The kernel takes milliseconds: not on this thread.
+        let start = move || Pod::start(&shared, &key, who, &place, tasks);
+        let started = tokio::task::spawn_blocking(start).await;
+        let why = match started {
+            Ok(Ok(pod)) => {
+                tracing::info!(uid, pod = %info, took = ?began.elapsed(), "serving the pod");
+                self.machine.started(uid, netns.id());
+                self.waiting.remove(uid);
+                self.shared.telemetry.metrics.pods.started.increment(1);
+                self.served.entries().insert(uid.to_owned(), Entry::Up(pod));
+                return Ok(());
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(stopped) => stopped.to_string(),
+        };
+        tracing::error!(uid, pod = %info, error = %why, "the pod cannot be served, and is tried again");
+        self.machine.failed(uid);
+        let entry = Entry::Pending { info: info.clone(), why: why.clone() };
+        self.served.entries().insert(uid.to_owned(), entry);
+        self.waiting.insert(uid.to_owned(), (info, netns));
+        Err(why)
+    }
+
+    async fn stop(&mut self, uid: &str) {
+        self.waiting.remove(uid);
+        self.machine.stopped(uid);
+        let Some(Entry::Up(pod)) = self.served.entries().remove(uid) else { return };
+        self.shared.telemetry.metrics.pods.stopped.increment(1);
+        tracing::info!(uid, pod = %pod.info, "the pod is served no more");
+        pod.tasks.cancel();
+        let key = uid.to_owned();
+        let remove = move || pod.shared.redirect.remove(&key, &pod.sockets);
+        match tokio::task::spawn_blocking(remove).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(uid, error = %chain(&error), "the pod's capture could not be removed"),
+            Err(stopped) => tracing::warn!(uid, error = %stopped, "the pod's capture could not be removed"),
+        }
+    }
+
+    async fn retry(&mut self) {
+        let waiting: Vec<_> =
+            self.waiting.iter().map(|(uid, (info, netns))| (uid.clone(), info.clone(), netns.clone())).collect();
+        for (uid, info, netns) in waiting {
+            // The reason is in the log and in the dump.
+            let _still_failing = self.start(&uid, info, netns).await;
+        }
+    }
+
+    fn publish(&self) {
+        self.gate.set(self.machine.is_settled());
+        let entries = self.served.entries();
+        let up = entries.values().filter(|entry| matches!(entry, Entry::Up(_))).count();
+        let pods = &self.shared.telemetry.metrics.pods;
+        pods.active.set(up as f64);
+        pods.pending.set(self.machine.pending() as f64);
+    }
+}
+
+/// An error and its causes, outermost first.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,174 @@
+//! Authorization of one flow, now and for as long as it lives.
+//!
+//! Subscribe, then decide, then decide again on each change: so no change is ever missed, and there
+//! is no registry of connections to search.
+
+use mesh_core::SpiffeId;
+use mesh_policy::{Attributes, Denial, Permit, PolicySet, decide};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{sync::watch, time::timeout};
+
+/// How long a connection waits for a policy that applies and has not arrived. Istio's proxy waits as
+/// long for a workload.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a policy may ask about a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    source: Option<SpiffeId>,
+    principal: Option<Box<str>>,
+    source_ip: IpAddr,
+    destination: SocketAddr,
+}
+
+impl Facts {
+    /// A connection from `source`, with this verified identity if any, to the application at
+    /// `destination`.
+    pub(crate) fn new(source: IpAddr, identity: Option<SpiffeId>, destination: SocketAddr) -> Self {
+        let principal = identity.as_ref().map(|id| {
+            let text = id.to_string();
+            text.strip_prefix("spiffe://").unwrap_or(&text).into()
+        });
+        Self { source: identity, principal, source_ip: source, destination }
+    }
+}
+
+impl Attributes for Facts {
+    fn source(&self) -> Option<&SpiffeId> {
+        self.source.as_ref()
+    }
+
+    fn principal(&self) -> Option<&str> {
+        self.principal.as_deref()
+    }
+
+    fn source_ip(&self) -> IpAddr {
+        self.source_ip
+    }
+
+    fn destination_ip(&self) -> IpAddr {
+        self.destination.ip()
+    }
+
+    fn destination_port(&self) -> u16 {
+        self.destination.port()
+    }
+}
+
+/// The policies of a pod, watched on behalf of one flow.
+#[derive(Debug)]
+pub(crate) struct PolicyWatch {
+    policies: watch::Receiver<Arc<PolicySet>>,
+    facts: Facts,
+}
+
+impl PolicyWatch {
+    /// Watches from the next decision on.
+    pub(crate) fn new(policies: watch::Receiver<Arc<PolicySet>>, facts: Facts) -> Self {
+        Self { policies, facts }
+    }
+
+    fn decide(&mut self) -> (Arc<PolicySet>, Result<Permit, Denial>) {
+        let set = Arc::clone(&self.policies.borrow_and_update());
+        let answer = decide(&set, &self.facts);
+        (set, answer)
+    }
+
+    /// Decides; a policy that has not arrived is waited for, for 5 s at most.
+    ///
+    /// # Errors
+    ///
+    /// Returns the refusal. [`Denial::Missing`] means that the wait was in vain.
+    pub(crate) async fn admit(&mut self) -> Result<Permit, Denial> {
+        let mut answer = self.decide().1;
+        if !matches!(answer, Err(Denial::Missing(_))) {
+            return answer;
+        }
+        let wait = async {
+            while self.policies.changed().await.is_ok() {
+                answer = self.decide().1;
+                if !matches!(answer, Err(Denial::Missing(_))) {
+                    return;
+                }
+            }
+        };
+        // Out of time: the last answer stands, and it is a refusal.
+        let _elapsed = timeout(PATIENCE, wait).await;
+        answer
+    }
+
+    /// Waits until a policy ends the flow. What is missing or was rejected does not.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: a change that was seen is decided upon before the next wait.
+    pub(crate) async fn revoked(&mut self) -> Denial {
+        while self.policies.changed().await.is_ok() {
+            if let (_, Err(denial)) = self.decide()
+                && denial.closes_established()
+            {
+                return denial;
+            }
+        }
+        // The pod is being removed; its tasks are ended by their owner.
+        std::future::pending().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_policy::{Action, Entry, Policy, Predicate};
+
+    fn set(version: u64, entries: Vec<Entry>) -> Arc<PolicySet> {
+        Arc::new(PolicySet::new(version, entries))
+    }
+
+    fn deny() -> Entry {
+        let when = Predicate::All(vec![]);
+        let name = "ns/no".parse().unwrap();
+        Entry::Known(Arc::new(Policy { name, action: Action::Deny, dry_run: false, when }))
+    }
+
+    fn watching(first: Arc<PolicySet>) -> (watch::Sender<Arc<PolicySet>>, PolicyWatch) {
+        let (sender, receiver) = watch::channel(first);
+        let facts = Facts::new([10, 0, 0, 1].into(), None, ([10, 0, 0, 2], 80).into());
+        (sender, PolicyWatch::new(receiver, facts))
+    }
+
+    fn missing() -> Entry {
+        Entry::Missing("ns/later".parse().unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_for_a_missing_policy_and_then_denies() {
+        let (_sender, mut watch) = watching(set(1, vec![missing()]));
+        let begin = tokio::time::Instant::now();
+        assert_eq!(watch.admit().await.unwrap_err(), Denial::Missing("ns/later".parse().unwrap()));
+        assert_eq!(begin.elapsed(), PATIENCE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn admits_when_the_missing_policy_arrives() {
+        let (sender, mut watch) = watching(set(1, vec![missing()]));
+        let (answer, ()) = tokio::join!(watch.admit(), async {
+            sender.send_replace(set(2, vec![]));
+        });
+        assert_eq!(answer.unwrap().version(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_real_denial_ends_a_live_flow() {
+        let (sender, mut watch) = watching(set(1, vec![]));
+        watch.admit().await.unwrap();
+        sender.send_replace(set(2, vec![missing()]));
+        let second = Duration::from_secs(1);
+        assert!(timeout(second, watch.revoked()).await.is_err(), "missing does not");
+        sender.send_replace(set(3, vec![deny()]));
+        assert_eq!(watch.revoked().await, Denial::Denied("ns/no".parse().unwrap()));
+    }
+}

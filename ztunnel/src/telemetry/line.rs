@@ -1,0 +1,104 @@
+//! The line of a connection in the access log, in Istio's fields and order.
+
+use super::{Connection, Ends, Reporter, Source};
+use mesh_core::{Failure, Workload};
+use mesh_runtime::access_log::{Fields, Level};
+use std::{error::Error, fmt::Write as _, sync::atomic::Ordering};
+
+impl Connection {
+    pub(super) fn log(&self, level: Level, message: &str, failure: Option<&Failure>) {
+        self.telemetry.log.line(level, message, |fields| {
+            source(fields, self);
+            destination(fields, self);
+            let to_server = self.bytes.to_server.load(Ordering::Relaxed);
+            let to_client = self.bytes.to_client.load(Ordering::Relaxed);
+            // "Sent" and "received" are the reporting workload's.
+            let (direction, sent, received) = match self.ends.reporter {
+                Reporter::Source => ("outbound", to_server, to_client),
+                Reporter::Destination => ("inbound", to_client, to_server),
+            };
+            fields.text("direction", direction);
+            fields.bare("bytes_sent", sent);
+            fields.bare("bytes_recv", received);
+            fields.text("duration", &format!("{}ms", self.began.elapsed().as_millis()));
+            if let Some(failure) = failure {
+                fields.text("error", &explain(failure));
+            }
+        });
+    }
+}
+
+/// The causes of a failure, outermost first.
+pub(crate) fn explain(failure: &Failure) -> String {
+    let mut text = String::new();
+    let mut cause: Option<&dyn Error> = failure.source();
+    if cause.is_none() {
+        let _infallible = write!(text, "{failure}");
+    }
+    while let Some(error) = cause {
+        let printed = error.to_string();
+        // Some errors print their own cause as well.
+        if !text.ends_with(&printed) {
+            let _infallible =
+                write!(text, "{}{printed}", if text.is_empty() { "" } else { ": " });
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// What a workload is called in the log: its pod's name, else its canonical service.
+fn name(workload: &Workload) -> &str {
+    let pod = workload.name.as_str();
+    if pod.is_empty() { workload.canonical_name.as_str() } else { pod }
+}
+
+fn known(fields: &mut Fields<'_>, key: &'static str, text: &str) {
+    if !text.is_empty() {
+        fields.text(key, text);
+    }
+}
+
+fn source(fields: &mut Fields<'_>, connection: &Connection) {
+    let Ends { source, source_identity, .. } = &connection.ends;
+    fields.addr("src.addr", connection.place.source);
+    let (workload, namespace, cluster) = match source {
+        Source::Workload(w) => (name(w), w.identity.namespace.as_str(), w.cluster.as_str()),
+        Source::Told(baggage) => {
+            let text = |value: &'_ Option<String>| value.clone().unwrap_or_default();
+            known(fields, "src.workload", &text(&baggage.service_name));
+            known(fields, "src.namespace", &text(&baggage.namespace));
+            if let Some(identity) = source_identity {
+                fields.text("src.identity", &identity.to_string());
+            }
+            known(fields, "src.cluster", &text(&baggage.cluster));
+            return;
+        }
+        Source::Unknown => ("", "", ""),
+    };
+    known(fields, "src.workload", workload);
+    known(fields, "src.namespace", namespace);
+    if let Some(identity) = source_identity {
+        fields.text("src.identity", &identity.to_string());
+    }
+    known(fields, "src.cluster", cluster);
+}
+
+fn destination(fields: &mut Fields<'_>, connection: &Connection) {
+    let Ends { destination, service, mutual_tls, .. } = &connection.ends;
+    fields.addr("dst.addr", connection.place.destination);
+    if let Some(authority) = &connection.place.authority {
+        fields.bare("dst.hbone_addr", authority);
+    }
+    if let Some(service) = service {
+        fields.text("dst.service", service.key.hostname.as_str());
+    }
+    if let Some(workload) = destination {
+        known(fields, "dst.workload", name(workload));
+        fields.text("dst.namespace", workload.identity.namespace.as_str());
+        if *mutual_tls {
+            fields.text("dst.identity", &workload.identity.to_string());
+        }
+        known(fields, "dst.cluster", workload.cluster.as_str());
+    }
+}
