@@ -299,9 +299,10 @@ fn chain_error(error: webpki::Error) -> rustls::Error {
         }
         E::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
         E::InvalidCertValidity => CertificateError::Expired,
-        E::UnknownIssuer => CertificateError::UnknownIssuer,
+        // The roots of Istio's meshes all have one name unless someone chose another: what does not verify
+        // under ours was signed by another of that name.
+        E::UnknownIssuer | E::InvalidSignatureForPublicKey => CertificateError::UnknownIssuer,
         E::CertRevoked => CertificateError::Revoked,
-        E::InvalidSignatureForPublicKey => CertificateError::BadSignature,
         E::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
         // Theirs, not ours: new causes come with new versions.
         other => CertificateError::Other(OtherError(Arc::new(other))),
