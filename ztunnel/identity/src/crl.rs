@@ -121,7 +121,13 @@ impl Lists {
 #[derive(Clone, Debug)]
 pub struct Revocations {
     lists: watch::Receiver<Arc<Lists>>,
-    rejections: Arc<AtomicU64>,
+    rejections: Arc<Rejections>,
+}
+
+#[derive(Debug, Default)]
+struct Rejections {
+    of_clients: AtomicU64,
+    of_servers: AtomicU64,
 }
 
 impl Revocations {
@@ -161,14 +167,19 @@ impl Revocations {
         Arc::clone(&self.lists.borrow())
     }
 
-    pub(crate) fn count_rejection(&self) {
-        self.rejections.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn count_rejection(&self, of: Peer) {
+        let Rejections { of_clients, of_servers } = &*self.rejections;
+        match of {
+            Peer::Client => of_clients.fetch_add(1, Ordering::Relaxed),
+            Peer::Server => of_servers.fetch_add(1, Ordering::Relaxed),
+        };
     }
 
-    /// Handshakes refused because of a list, so far.
+    /// Handshakes refused and tunnels cut because of a list, so far: as their source, as their destination.
     #[must_use]
-    pub fn rejections(&self) -> u64 {
-        self.rejections.load(Ordering::Relaxed)
+    pub fn rejections(&self) -> (u64, u64) {
+        let Rejections { of_clients, of_servers } = &*self.rejections;
+        (of_servers.load(Ordering::Relaxed), of_clients.load(Ordering::Relaxed))
     }
 }
 
@@ -221,6 +232,16 @@ pub enum Peer {
     Server,
 }
 
+impl Peer {
+    /// What its certificate must be good for.
+    pub(crate) fn usage(self) -> KeyUsage {
+        match self {
+            Self::Client => KeyUsage::client_auth(),
+            Self::Server => KeyUsage::server_auth(),
+        }
+    }
+}
+
 /// A live tunnel's claim on the truth of its peer's chain. See [`crate::WorkloadCertificate::track`].
 #[derive(Debug)]
 pub struct Tracked(Option<Live>);
@@ -232,6 +253,8 @@ struct Live {
     chain: Box<[CertificateDer<'static>]>,
     since: UnixTime,
     peer: Peer,
+    /// Once is enough, however often it is asked.
+    counted: bool,
 }
 
 impl Tracked {
@@ -247,6 +270,7 @@ impl Tracked {
             chain: chain.iter().map(|cert| cert.clone().into_owned()).collect(),
             since: unix(now),
             peer,
+            counted: false,
         }))
     }
 
@@ -261,6 +285,11 @@ impl Tracked {
         loop {
             let lists = Arc::clone(&live.lists.borrow_and_update());
             if lists.mention(&live.chain) && live.is_revoked() {
+                if let Some(revocations) = live.trust.revocations()
+                    && !std::mem::replace(&mut live.counted, true)
+                {
+                    revocations.count_rejection(live.peer);
+                }
                 return;
             }
             if live.lists.changed().await.is_err() {
@@ -273,13 +302,10 @@ impl Tracked {
 impl Live {
     /// Judged as of the handshake: that a certificate has since expired is no reason to cut.
     fn is_revoked(&self) -> bool {
-        let usage = match self.peer {
-            Peer::Client => KeyUsage::client_auth(),
-            Peer::Server => KeyUsage::server_auth(),
-        };
         let Some((leaf, intermediates)) = self.chain.split_first() else { return false };
         let Ok(leaf) = EndEntityCert::try_from(leaf) else { return false };
-        self.trust.check(&leaf, intermediates, self.since, usage) == Err(webpki::Error::CertRevoked)
+        self.trust.check(&leaf, intermediates, self.since, self.peer)
+            == Err(webpki::Error::CertRevoked)
     }
 }
 

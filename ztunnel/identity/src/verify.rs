@@ -5,7 +5,7 @@
 //! | server | to this workload's roots, client usage | one SPIFFE SAN in our own trust domain |
 //! | client | to this workload's roots, server usage; DNS names ignored | one SPIFFE SAN that was expected |
 
-use crate::crl::Revocations;
+use crate::crl::{Peer, Revocations};
 use mesh_core::{Reason, SpiffeId, TrustDomain};
 use rustls::{
     AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, OtherError,
@@ -16,7 +16,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use std::{error::Error, fmt, fmt::Write as _, sync::Arc};
-use webpki::{EndEntityCert, KeyUsage, RevocationOptions};
+use webpki::{EndEntityCert, RevocationOptions};
 
 /// The identity of a peer whose chain was verified: the first SPIFFE URI in its leaf that parses.
 #[must_use]
@@ -58,7 +58,7 @@ impl Trust {
         leaf: &EndEntityCert<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-        usage: KeyUsage,
+        peer: Peer,
     ) -> Result<(), webpki::Error> {
         let verify = |revocation: Option<RevocationOptions<'_>>| {
             leaf.verify_for_usage(
@@ -66,7 +66,7 @@ impl Trust {
                 &self.anchors,
                 intermediates,
                 now,
-                usage,
+                peer.usage(),
                 revocation,
                 None,
             )
@@ -88,11 +88,11 @@ impl Trust {
         leaf: &EndEntityCert<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-        usage: KeyUsage,
+        peer: Peer,
     ) -> Result<(), rustls::Error> {
-        self.check(leaf, intermediates, now, usage).map_err(|error| {
+        self.check(leaf, intermediates, now, peer).map_err(|error| {
             if let (webpki::Error::CertRevoked, Some(revocations)) = (&error, &self.revocations) {
-                revocations.count_rejection();
+                revocations.count_rejection(peer);
             }
             chain_error(error)
         })
@@ -127,7 +127,7 @@ impl ClientCertVerifier for Downstream {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
-        self.trust.admit(&leaf, intermediates, now, KeyUsage::client_auth())?;
+        self.trust.admit(&leaf, intermediates, now, Peer::Client)?;
         if let Some(expected) = &self.trust_domain
             && !identities(&leaf).any(|id| id.trust_domain == *expected)
         {
@@ -170,7 +170,7 @@ impl ServerCertVerifier for Upstream {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
-        self.trust.admit(&leaf, intermediates, now, KeyUsage::server_auth())?;
+        self.trust.admit(&leaf, intermediates, now, Peer::Server)?;
         if !identities(&leaf).any(|id| self.expect.contains(&id)) {
             let expected = self.expect.to_vec();
             return Err(Rejection::Identity { expected, presented: presented(&leaf) }.into());

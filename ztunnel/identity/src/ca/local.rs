@@ -10,6 +10,7 @@ pub use files::{CA_CERT, CA_KEY, CERT_CHAIN, OpenError, Problem, ROOT_CERT};
 
 use crate::{
     ca::{CertificateAuthority, IssueError, Issued, Signing},
+    crl::Peer,
     csr::{self, Csr},
     tls::{Options, unix},
     verify::Trust,
@@ -30,7 +31,7 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use webpki::{EndEntityCert, KeyUsage};
+use webpki::EndEntityCert;
 
 /// Leaves are valid from a little earlier, for peers whose clock is behind. istiod's own figure.
 const DATED_BACK: Duration = Duration::from_mins(2);
@@ -131,8 +132,8 @@ impl LocalCa {
             let (leaf, rest) = issued.chain.split_first().ok_or(webpki::Error::BadDer)?;
             let leaf = EndEntityCert::try_from(leaf)?;
             let now = unix(self.clock.now());
-            trust.check(&leaf, rest, now, KeyUsage::server_auth())?;
-            trust.check(&leaf, rest, now, KeyUsage::client_auth())
+            trust.check(&leaf, rest, now, Peer::Server)?;
+            trust.check(&leaf, rest, now, Peer::Client)
         };
         verify().map_err(Problem::Chain)
     }

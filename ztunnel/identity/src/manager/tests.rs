@@ -343,3 +343,21 @@ fn decode(text: &str) -> Vec<u8> {
         <CertificateDer<'_> as rustls_pki_types::pem::PemObject>::from_pem_slice(pem.as_bytes());
     der.unwrap().to_vec()
 }
+
+#[tokio::test(start_paused = true)]
+async fn shows_ends_and_results() {
+    let bed = Bed::new(Duration::ZERO);
+    bed.get().await.unwrap();
+    bed.fail(true);
+    bed.certificates.get(&id(SERVER)).await.unwrap_err();
+    let registry = mesh_runtime::metrics::Registry::new();
+    crate::metrics::certificates(&registry, &bed.certificates);
+    let text = registry.render();
+    for line in [
+        "istio_certificate_fetches_total{result=\"issued\"} 1",
+        "istio_certificate_fetches_total{result=\"failed\"} 1",
+        "istio_certificate_expiration_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/client\"} 1795303600",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+}
