@@ -1,8 +1,10 @@
 //! The asking end.
 
 use std::{
+    fmt,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    str::FromStr,
     thread,
     time::Duration,
 };
@@ -26,6 +28,40 @@ pub enum Work {
     Short,
     /// As [`Work::Short`], but each address is left alone for so long before it is asked again.
     Rested(Duration),
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bulk => f.write_str("bulk"),
+            Self::PingPong(size) => write!(f, "ping-pong:{size}"),
+            Self::Http => f.write_str("http"),
+            Self::Short => f.write_str("short"),
+            Self::Rested(rest) => write!(f, "rested:{}", rest.as_millis()),
+        }
+    }
+}
+
+/// A text that is no kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidWork;
+
+impl FromStr for Work {
+    type Err = InvalidWork;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, number) = text.split_once(':').unwrap_or((text, ""));
+        match (name, number.parse::<u32>()) {
+            ("bulk", _) => Ok(Self::Bulk),
+            ("ping-pong", Ok(size)) => {
+                usize::try_from(size).map(Self::PingPong).map_err(|_large| InvalidWork)
+            }
+            ("http", _) => Ok(Self::Http),
+            ("short", _) => Ok(Self::Short),
+            ("rested", Ok(rest)) => Ok(Self::Rested(Duration::from_millis(rest.into()))),
+            _ => Err(InvalidWork),
+        }
+    }
 }
 
 /// What a run did.
@@ -295,6 +331,7 @@ mod tests {
             assert!(outcome.operations > 0 && outcome.bytes > 0, "{work:?}: {outcome:?}");
             assert!(outcome.p50 <= outcome.p99, "{work:?}: {outcome:?}");
             assert_eq!(Outcome::from_json(&outcome.to_json()), Some(outcome));
+            assert_eq!(work.to_string().parse(), Ok(work));
         }
         assert_eq!(hold((ip, ports.hold).into(), 3).unwrap().len(), 3);
     }

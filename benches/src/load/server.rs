@@ -19,17 +19,25 @@ pub fn serve(ip: IpAddr, ports: Ports) -> io::Result<()> {
     each(TcpListener::bind((ip, ports.sink))?, sink)?;
     each(TcpListener::bind((ip, ports.echo))?, echo)?;
     each(TcpListener::bind((ip, ports.http))?, http)?;
-    let short_listener = TcpListener::bind((ip, ports.short))?;
-    for _ in 0..SHORT_THREADS {
-        let listener = short_listener.try_clone()?;
+    serve_short(&TcpListener::bind((ip, ports.short))?, SHORT_THREADS)?;
+    let hold = TcpListener::bind((ip, ports.hold))?;
+    small_thread(move || hold_all(&hold))
+}
+
+/// Answers short connections with so many threads, until the process ends.
+///
+/// # Errors
+/// A thread cannot be started.
+pub fn serve_short(listener: &TcpListener, threads: usize) -> io::Result<()> {
+    for _ in 0..threads {
+        let listener = listener.try_clone()?;
         small_thread(move || {
             while let Ok((stream, _)) = listener.accept() {
                 drop(short(stream));
             }
         })?;
     }
-    let hold = TcpListener::bind((ip, ports.hold))?;
-    small_thread(move || hold_all(&hold))
+    Ok(())
 }
 
 /// A thread for every connection: they last as long as a row does.
