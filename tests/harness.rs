@@ -6,8 +6,12 @@ use std::{net::SocketAddr, time::Duration};
 
 use mesh_tests::{
     Lab, Node, Pod,
+    ca::Authority,
     capture::Capture,
+    envoy::{self, Route},
+    hbone::{Dial, Listener, Tunnel, refused},
     instance,
+    mesh::identity,
     netns::Namespace,
     rules,
     wait::{self, SOON},
@@ -140,4 +144,62 @@ fn a_program_that_ends_is_told_from_one_that_is_slow() {
     assert!(why.to_string().contains("ended"), "{why:#}");
     let failed = world.client.run(["no-such-program"]).unwrap();
     assert!(failed.err.contains("cannot run no-such-program"), "{}", failed.err);
+}
+
+#[test]
+fn tunnels_are_spoken() {
+    let world = world();
+    let authority = Authority::stranger().unwrap();
+    let [client, server] =
+        ["client", "server"].map(|a| authority.issue(Some(&identity(a))).unwrap());
+    let listener = Listener::start(world.server.namespace(), &server, 200).unwrap();
+    let to = SocketAddr::new(world.server.v6(), 15008);
+    let dial = Dial::new(world.client.namespace(), to, &client);
+    let mut tunnel = Tunnel::open(&dial).unwrap();
+    assert!(tunnel.server_is(&identity("server")));
+    let reply = tunnel.connect("10.0.0.1:80", &[("baggage", "a=b")]).unwrap();
+    assert_eq!((reply.status, reply.ended), (200, false));
+    assert_eq!(tunnel.exchange(reply, b"hello").unwrap(), b"hello");
+    let seen = listener.seen();
+    assert_eq!((seen[0].method.as_str(), seen[0].authority.as_str()), ("CONNECT", "10.0.0.1:80"));
+    assert_eq!(seen[0].headers["baggage"], "a=b");
+    assert_eq!(seen[0].client.ip(), world.client.v6());
+    let nobody = Authority::stranger().unwrap().issue(Some(&identity("client"))).unwrap();
+    for wrong in [
+        Dial { certificate: None, ..dial.clone() },
+        Dial { certificate: Some(&nobody), ..dial.clone() },
+        Dial { old: true, ..dial.clone() },
+    ] {
+        refused(&wrong).unwrap();
+    }
+}
+
+#[test]
+fn envoy_passes_tunnels_on() {
+    let world = world();
+    let authority = Authority::stranger().unwrap();
+    let issue = |account| authority.issue(Some(&identity(account))).unwrap();
+    let listener = Listener::start(world.server.namespace(), &issue("server"), 200).unwrap();
+    let waypoint = world.a.pod("waypoint").unwrap();
+    world.lab.settle(&[&waypoint]).unwrap();
+    let route = Route {
+        authority: "10.96.0.12:80".parse().unwrap(),
+        to: SocketAddr::new(world.server.v6(), 8080),
+        identity: identity("server"),
+    };
+    let folder = world.lab.folder();
+    let _envoy =
+        envoy::waypoint(&waypoint, folder, &issue("waypoint"), std::slice::from_ref(&route))
+            .unwrap();
+    let client = issue("client");
+    let to = SocketAddr::new(waypoint.v4(), 15008);
+    let mut tunnel = Tunnel::open(&Dial::new(world.client.namespace(), to, &client)).unwrap();
+    let reply = tunnel.connect("10.96.0.12:80", &[]).unwrap();
+    assert_eq!(reply.status, 200);
+    // The listener sends the request back: no answer, but it says what arrived.
+    let request = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let _nonsense = tunnel.exchange(reply, request);
+    let seen = listener.seen();
+    assert_eq!(seen[0].authority, route.to.to_string());
+    assert_eq!(seen[0].client.ip(), waypoint.v6());
 }

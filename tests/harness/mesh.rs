@@ -1,9 +1,6 @@
 //! What the control plane knows, as the file that node proxies read in its place.
 
-use std::{
-    fmt::Write,
-    net::{IpAddr, SocketAddr},
-};
+use std::{fmt::Write, net::IpAddr};
 
 use serde_json::{Map, Value, json};
 
@@ -125,8 +122,11 @@ impl Mesh {
     /// Ends STRICT.
     pub fn permissive(&mut self) {
         self.remove_policy(STRICT);
+        let strict = json!(format!("istio-system/{STRICT}"));
         for workload in &mut self.workloads {
-            workload.set("authorizationPolicies", Value::Null);
+            if let Some(Value::Array(list)) = workload.0.get_mut("authorizationPolicies") {
+                list.retain(|policy| *policy != strict);
+            }
         }
     }
 
@@ -189,12 +189,6 @@ impl Mesh {
 
 /// The policy that stands for STRICT.
 pub const STRICT: &str = "istio_converted_static_strict";
-
-/// The addresses, with the port.
-#[must_use]
-pub fn sockets(ips: &[IpAddr], port: u16) -> Vec<SocketAddr> {
-    ips.iter().map(|ip| SocketAddr::new(*ip, port)).collect()
-}
 
 /// Adds it, in place of any of the same name.
 fn push<'a>(entries: &'a mut Vec<Entry>, name: &str, value: Value) -> &'a mut Entry {
