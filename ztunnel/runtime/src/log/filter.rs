@@ -27,14 +27,35 @@ impl Filter {
     /// Adds clauses, which replace those for the same module.
     ///
     /// # Errors
-    /// When one is not understood; then none is added.
+    /// When one is not understood; then none is added. A module alone is not: it may be a level misspelt.
     pub fn add(&mut self, clauses: &str) -> Result<(), InvalidFilter> {
-        let added: Self = clauses.parse()?;
+        let added = Self::parse(clauses, None)?;
         self.all = added.all.or(self.all);
         for (module, level) in added.modules {
             self.set(module, level);
         }
         Ok(())
+    }
+
+    /// `bare` is the level for a module without one, if that may be.
+    fn parse(text: &str, bare: Option<LevelFilter>) -> Result<Self, InvalidFilter> {
+        let mut filter = Self { all: None, modules: Vec::new() };
+        for clause in text.split(',').map(str::trim) {
+            let invalid = || InvalidFilter { clause: clause.to_owned() };
+            if let Some(level) = level(clause) {
+                filter.all = Some(level);
+                continue;
+            }
+            // The colon before a level is the last one, and not half of `::`.
+            let by_colon = || clause.rsplit_once(':').filter(|(module, _)| !module.ends_with(':'));
+            let (module, level) = match clause.split_once('=').or_else(by_colon) {
+                Some((module, name)) => (module, level(name)),
+                None => (clause, bare),
+            };
+            let level = level.filter(|_| is_module(module)).ok_or_else(invalid)?;
+            filter.set(module.to_owned(), level);
+        }
+        Ok(filter)
     }
 
     fn set(&mut self, module: String, level: LevelFilter) {
@@ -90,25 +111,7 @@ impl FromStr for Filter {
     /// Reads clauses divided by commas: a level, `module=level`, `module:level`, or a module alone, of which then
     /// everything is wanted.
     fn from_str(text: &str) -> Result<Self, InvalidFilter> {
-        let mut filter = Self { all: None, modules: Vec::new() };
-        for clause in text.split(',').map(str::trim) {
-            let invalid = || InvalidFilter { clause: clause.to_owned() };
-            if let Some(level) = level(clause) {
-                filter.all = Some(level);
-                continue;
-            }
-            // The colon before a level is the last one, and not half of `::`.
-            let by_colon = || clause.rsplit_once(':').filter(|(module, _)| !module.ends_with(':'));
-            let (module, level) = match clause.split_once('=').or_else(by_colon) {
-                Some((module, name)) => (module, level(name).ok_or_else(invalid)?),
-                None => (clause, LevelFilter::TRACE),
-            };
-            if !is_module(module) {
-                return Err(invalid());
-            }
-            filter.set(module.to_owned(), level);
-        }
-        Ok(filter)
+        Self::parse(text, Some(LevelFilter::TRACE))
     }
 }
 
