@@ -357,7 +357,9 @@ impl Drop for End<'_> {
         let mut work = self.0.work();
         work.stopped = true;
         let mut slots = self.0.slots.write().unwrap_or_else(PoisonError::into_inner);
-        slots.retain(|_, slot| slot.borrow().current.is_some());
+        // Nobody waits where there is something valid.
+        let now = self.0.context.now();
+        slots.retain(|_, slot| slot.borrow().valid_at(now).is_some());
     }
 }
 

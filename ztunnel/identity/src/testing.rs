@@ -10,7 +10,10 @@ use rcgen::{
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 use tokio::time::Instant;
@@ -40,17 +43,26 @@ pub(crate) const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
 
 /// Wall time that follows tokio's, so that pausing one pauses both.
 #[derive(Debug)]
-pub(crate) struct TokioClock(Instant);
+pub(crate) struct TokioClock {
+    start: Instant,
+    ahead_secs: AtomicU64,
+}
 
 impl TokioClock {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self(Instant::now()))
+        Arc::new(Self { start: Instant::now(), ahead_secs: AtomicU64::new(0) })
+    }
+
+    /// Time passes that tokio does not see, as when a machine sleeps.
+    pub(crate) fn jump(&self, time: Duration) {
+        self.ahead_secs.fetch_add(time.as_secs(), Ordering::Relaxed);
     }
 }
 
 impl Clock for TokioClock {
     fn now(&self) -> SystemTime {
-        now() + self.0.elapsed()
+        let ahead = Duration::from_secs(self.ahead_secs.load(Ordering::Relaxed));
+        now() + self.start.elapsed() + ahead
     }
 }
 

@@ -229,7 +229,7 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// A valid chain, but not of a peer that we want.
+/// A peer that we do not want, for a reason that is ours and not TLS's.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Rejection {
     /// It connected to us, and belongs to another trust domain.
@@ -246,11 +246,18 @@ pub enum Rejection {
         /// Its URI SANs.
         presented: Vec<String>,
     },
+    /// The revocation list that its CA has by name is not signed by that CA.
+    RevocationList,
 }
 
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let presented = match self {
+            Self::RevocationList => {
+                return f.write_str(
+                    "the revocation list of the peer's CA is not that CA's (a root changed; CRL_PATH did not)",
+                );
+            }
             Self::TrustDomain { expected, presented } => {
                 write!(f, "the peer must be of trust domain {expected}")?;
                 presented
@@ -304,6 +311,9 @@ fn chain_error(error: webpki::Error) -> rustls::Error {
         E::UnknownIssuer | E::InvalidSignatureForPublicKey => CertificateError::UnknownIssuer,
         E::CertRevoked => CertificateError::Revoked,
         E::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        E::InvalidCrlSignatureForPublicKey | E::IssuerNotCrlSigner => {
+            return Rejection::RevocationList.into();
+        }
         // Theirs, not ours: new causes come with new versions.
         other => CertificateError::Other(OtherError(Arc::new(other))),
     }
@@ -346,7 +356,12 @@ impl Fault {
                 | C::ExpiredContext { .. }
                 | C::NotValidYet
                 | C::NotValidYetContext { .. } => Self::Expired,
-                C::Other(OtherError(cause)) if cause.is::<Rejection>() => Self::WrongIdentity,
+                C::Other(OtherError(cause)) => match cause.downcast_ref() {
+                    Some(Rejection::TrustDomain { .. } | Rejection::Identity { .. }) => {
+                        Self::WrongIdentity
+                    }
+                    Some(Rejection::RevocationList) | None => Self::BadCertificate,
+                },
                 _ => Self::BadCertificate,
             },
             E::AlertReceived(alert) if about_our_certificate(*alert).is_some() => {

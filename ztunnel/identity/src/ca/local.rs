@@ -113,6 +113,8 @@ impl LocalCa {
         let random = Options::default().provider().secure_random;
         let ca = Self { issuer, intermediates, roots, not_after, validity, random, clock };
         ca.try_out().map_err(|problem| problem.at(folder, CA_CERT))?;
+        let folder = folder.display();
+        tracing::warn!(%folder, "a local CA signs: whoever reads {CA_KEY} can be any workload");
         Ok(ca)
     }
 

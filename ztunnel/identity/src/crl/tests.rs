@@ -103,8 +103,12 @@ fn handshakes_look_at_the_lists() {
         assert_eq!(error.as_ref().map(Fault::of), fault, "{name}: {error:?}");
         let counted = revocations.rejections().0 - before.0;
         assert_eq!(counted, u64::from(fault == Some(Fault::Revoked)), "{name}");
-        if let (Some(Fault::Revoked), Some(error)) = (fault, error) {
-            assert_eq!(explain(&error), "a certificate in the peer's chain is revoked");
+        let words = match fault {
+            Some(Fault::Revoked) => "in the peer's chain is revoked",
+            _ => "CRL_PATH did not",
+        };
+        if let Some(error) = error {
+            assert!(explain(&error).contains(words), "{name}: {}", explain(&error));
         }
     }
 }

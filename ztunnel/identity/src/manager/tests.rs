@@ -361,3 +361,19 @@ async fn shows_ends_and_results() {
         assert!(text.contains(line), "{line}\n{text}");
     }
 }
+
+/// The refresh is planned by a clock that stands still while a machine sleeps; validity is not.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_slept_asks_at_once() {
+    let bed = Bed::new(SECOND);
+    let first = bed.get().await.unwrap();
+    bed.ca.clock.jump(2 * HOUR);
+    let before = Instant::now();
+    let second = bed.get().await.unwrap();
+    assert_eq!(before.elapsed(), SECOND);
+    assert!(!Arc::ptr_eq(&first, &second));
+    assert!(second.is_valid_at(bed.ca.clock.now()));
+    // Still one plan: the refresh at half life, once.
+    after(HOUR / 2 + 10 * SECOND).await;
+    assert_eq!(bed.asked().len(), 3);
+}

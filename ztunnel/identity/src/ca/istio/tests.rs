@@ -115,7 +115,7 @@ async fn asks_as_istiod_wants_to_be_asked() {
     let identity = id(CLIENT);
     let (key, csr) = Csr::generate(&identity).unwrap();
     let issued = ca.sign(&identity, &csr).await.unwrap();
-    assert_eq!(issued.roots, [istiod.0.ca.certificate.clone()]);
+    assert_eq!(issued.roots, std::slice::from_ref(&istiod.0.ca.certificate));
     let certificate = WorkloadCertificate::new(identity, key, issued, &context()).unwrap();
     assert_eq!(peer_identity(certificate.chain()), Some(id(CLIENT)));
 
