@@ -4,7 +4,8 @@ use crate::{
     ca::Issued,
     crl::{Peer, Tracked},
     tls::{ALPN, Context},
-    verify::{Downstream, Trust, Upstream, peer_identity},
+    trust::Trust,
+    verify::{Downstream, Upstream, peer_identity},
 };
 use mesh_core::SpiffeId;
 use rustls::{
@@ -26,7 +27,6 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 pub struct WorkloadCertificate {
     identity: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
-    roots: Vec<CertificateDer<'static>>,
     not_before: SystemTime,
     not_after: SystemTime,
     trust: Arc<Trust>,
@@ -54,13 +54,7 @@ impl WorkloadCertificate {
             return Err(InvalidCertificate::NoRoot);
         }
         let (not_before, not_after) = validity(leaf)?;
-        let trust = Trust::new(
-            &roots,
-            context.provider.signature_verification_algorithms,
-            context.revocations.clone(),
-        )
-        .map_err(InvalidCertificate::Root)?;
-        let trust = Arc::new(trust);
+        let trust = context.trust(&roots).map_err(InvalidCertificate::Root)?;
         let certified = CertifiedKey::from_der(chain.clone(), key, &context.provider)
             .map_err(InvalidCertificate::Key)?;
         let certified = Arc::new(SingleCertAndKey::from(certified));
@@ -94,7 +88,7 @@ impl WorkloadCertificate {
         client.resumption = Resumption::disabled();
 
         let server = Arc::new(server);
-        Ok(Self { identity, chain, roots, not_before, not_after, trust, server, client })
+        Ok(Self { identity, chain, not_before, not_after, trust, server, client })
     }
 
     /// For accepting: this certificate, and peers of this workload's roots and trust domain.
@@ -129,7 +123,7 @@ impl WorkloadCertificate {
     /// The roots that this workload trusts.
     #[must_use]
     pub fn roots(&self) -> &[CertificateDer<'static>] {
-        &self.roots
+        self.trust.roots()
     }
 
     /// The start of its validity.
@@ -157,6 +151,11 @@ impl WorkloadCertificate {
         now < self.not_after
     }
 
+    #[cfg(test)]
+    pub(crate) fn trust(&self) -> &Arc<Trust> {
+        &self.trust
+    }
+
     /// Follows a peer whose chain was verified with this certificate's configurations, for as long as the
     /// tunnel with it lives. Call it when the handshake is done.
     #[must_use]
@@ -165,7 +164,10 @@ impl WorkloadCertificate {
     }
 }
 
-fn validity(leaf: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), InvalidCertificate> {
+/// From when to when a certificate is valid.
+pub(crate) fn validity(
+    leaf: &CertificateDer<'_>,
+) -> Result<(SystemTime, SystemTime), InvalidCertificate> {
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|_unclear| InvalidCertificate::Leaf)?;
     let validity = leaf.validity();
     let time = |seconds: i64| {

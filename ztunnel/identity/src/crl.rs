@@ -4,7 +4,7 @@
 //! used past its own expiry. A file that cannot be read as lists never takes away the lists that are in
 //! force; at start, it turns revocation off (with a warning), as there is nothing to fall back on.
 
-use crate::{file::WatchedFile, tls::unix, verify::Trust};
+use crate::{file::WatchedFile, tls::unix, trust::Trust};
 use rustls_pki_types::{
     CertificateDer, CertificateRevocationListDer, UnixTime, pem::PemObject as _,
 };
@@ -224,7 +224,7 @@ impl Watcher {
 }
 
 /// Which end of a tunnel the peer is.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Peer {
     /// It connected to us.
     Client,
@@ -310,4 +310,4 @@ impl Live {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

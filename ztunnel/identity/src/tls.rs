@@ -4,7 +4,10 @@
 //! own order. It costs less per byte, nothing in Istio's contract asks for the longer key, and a peer
 //! that offers AES-256 alone gets it.
 
-use crate::crl::Revocations;
+use crate::{
+    crl::Revocations,
+    trust::{Trust, Trusts},
+};
 use mesh_runtime::clock::Clock;
 use rustls::{
     SupportedCipherSuite, SupportedProtocolVersion,
@@ -14,7 +17,7 @@ use rustls::{
     },
     time_provider::TimeProvider,
 };
-use rustls_pki_types::UnixTime;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -82,6 +85,7 @@ pub struct Context {
     pub(crate) versions: &'static [&'static SupportedProtocolVersion],
     pub(crate) time: Arc<WallTime>,
     pub(crate) revocations: Option<Revocations>,
+    pub(crate) trusts: Arc<Trusts>,
 }
 
 impl Context {
@@ -93,13 +97,23 @@ impl Context {
             versions: options.versions(),
             time: Arc::new(WallTime(clock)),
             revocations: None,
+            trusts: Arc::default(),
         }
     }
 
     /// The same, with peers' chains checked against `revocations`.
     #[must_use]
     pub fn with_revocations(self, revocations: Revocations) -> Self {
-        Self { revocations: Some(revocations), ..self }
+        Self { revocations: Some(revocations), trusts: Arc::default(), ..self }
+    }
+
+    /// What checks chains against `roots`.
+    pub(crate) fn trust(
+        &self,
+        roots: &[CertificateDer<'static>],
+    ) -> Result<Arc<Trust>, webpki::Error> {
+        let algorithms = self.provider.signature_verification_algorithms;
+        self.trusts.of(roots, || Trust::new(roots, algorithms, self.revocations.clone()))
     }
 
     /// The time by which certificates are judged.

@@ -5,98 +5,23 @@
 //! | server | to this workload's roots, client usage | one SPIFFE SAN in our own trust domain |
 //! | client | to this workload's roots, server usage; DNS names ignored | one SPIFFE SAN that was expected |
 
-use crate::crl::{Peer, Revocations};
+use crate::{crl::Peer, trust::Trust};
 use mesh_core::{Reason, SpiffeId, TrustDomain};
 use rustls::{
     AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, OtherError,
     SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::WebPkiSupportedAlgorithms,
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
-use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use std::{error::Error, fmt, fmt::Write as _, sync::Arc};
-use webpki::{EndEntityCert, RevocationOptions};
+use webpki::EndEntityCert;
 
 /// The identity of a peer whose chain was verified: the first SPIFFE URI in its leaf that parses.
 #[must_use]
 pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Option<SpiffeId> {
     let leaf = EndEntityCert::try_from(chain.first()?).ok()?;
     leaf.valid_uri_names().find_map(|uri| uri.parse().ok())
-}
-
-/// The anchors that came with one workload's certificate.
-#[derive(Debug)]
-pub(crate) struct Trust {
-    anchors: Vec<TrustAnchor<'static>>,
-    /// What a server tells its clients: which roots it would like to see.
-    subjects: Vec<DistinguishedName>,
-    algorithms: WebPkiSupportedAlgorithms,
-    revocations: Option<Revocations>,
-}
-
-impl Trust {
-    pub(crate) fn new(
-        roots: &[CertificateDer<'static>],
-        algorithms: WebPkiSupportedAlgorithms,
-        revocations: Option<Revocations>,
-    ) -> Result<Self, webpki::Error> {
-        let anchors = roots
-            .iter()
-            .map(|root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned()))
-            .collect::<Result<Vec<_>, _>>()?;
-        let subjects = anchors
-            .iter()
-            .map(|anchor| DistinguishedName::in_sequence(anchor.subject.as_ref()))
-            .collect();
-        Ok(Self { anchors, subjects, algorithms, revocations })
-    }
-
-    /// Checks a chain, the revocation of its members included.
-    pub(crate) fn check(
-        &self,
-        leaf: &EndEntityCert<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-        peer: Peer,
-    ) -> Result<(), webpki::Error> {
-        let verify = |revocation: Option<RevocationOptions<'_>>| {
-            leaf.verify_for_usage(
-                self.algorithms.all,
-                &self.anchors,
-                intermediates,
-                now,
-                peer.usage(),
-                revocation,
-                None,
-            )
-            .map(|_| ())
-        };
-        match &self.revocations {
-            None => verify(None),
-            Some(revocations) => revocations.current().with_options(verify),
-        }
-    }
-
-    pub(crate) fn revocations(&self) -> Option<&Revocations> {
-        self.revocations.as_ref()
-    }
-
-    /// As [`Self::check`], of a peer in a handshake: what it refuses is counted.
-    fn admit(
-        &self,
-        leaf: &EndEntityCert<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-        peer: Peer,
-    ) -> Result<(), rustls::Error> {
-        self.check(leaf, intermediates, now, peer).map_err(|error| {
-            if let (webpki::Error::CertRevoked, Some(revocations)) = (&error, &self.revocations) {
-                revocations.count_rejection(peer);
-            }
-            chain_error(error)
-        })
-    }
 }
 
 /// Judges those who connect to us.
@@ -117,7 +42,7 @@ pub(crate) struct Upstream {
 
 impl ClientCertVerifier for Downstream {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.trust.subjects
+        self.trust.subjects()
     }
 
     fn verify_client_cert(
@@ -127,7 +52,7 @@ impl ClientCertVerifier for Downstream {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
-        self.trust.admit(&leaf, intermediates, now, Peer::Client)?;
+        self.trust.admit(&leaf, intermediates, now, Peer::Client).map_err(chain_error)?;
         if let Some(expected) = &self.trust_domain
             && !identities(&leaf).any(|id| id.trust_domain == *expected)
         {
@@ -143,7 +68,7 @@ impl ClientCertVerifier for Downstream {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.trust.algorithms)
+        rustls::crypto::verify_tls12_signature(message, cert, dss, self.trust.algorithms())
     }
 
     fn verify_tls13_signature(
@@ -152,11 +77,11 @@ impl ClientCertVerifier for Downstream {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.trust.algorithms)
+        rustls::crypto::verify_tls13_signature(message, cert, dss, self.trust.algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.trust.algorithms.supported_schemes()
+        self.trust.algorithms().supported_schemes()
     }
 }
 
@@ -170,7 +95,7 @@ impl ServerCertVerifier for Upstream {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
-        self.trust.admit(&leaf, intermediates, now, Peer::Server)?;
+        self.trust.admit(&leaf, intermediates, now, Peer::Server).map_err(chain_error)?;
         if !identities(&leaf).any(|id| self.expect.contains(&id)) {
             let expected = self.expect.to_vec();
             return Err(Rejection::Identity { expected, presented: presented(&leaf) }.into());
@@ -184,7 +109,7 @@ impl ServerCertVerifier for Upstream {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.trust.algorithms)
+        rustls::crypto::verify_tls12_signature(message, cert, dss, self.trust.algorithms())
     }
 
     fn verify_tls13_signature(
@@ -193,11 +118,11 @@ impl ServerCertVerifier for Upstream {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.trust.algorithms)
+        rustls::crypto::verify_tls13_signature(message, cert, dss, self.trust.algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.trust.algorithms.supported_schemes()
+        self.trust.algorithms().supported_schemes()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     crl::Peer,
     csr::{self, Csr},
     tls::{Options, unix},
-    verify::Trust,
+    trust::Trust,
 };
 use files::Files;
 use mesh_core::SpiffeId;

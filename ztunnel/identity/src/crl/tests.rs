@@ -35,6 +35,11 @@ fn list_of(
     .unwrap()
 }
 
+/// The serial number `serial` is revoked.
+pub(crate) fn revoking(ca: &TestCa, serial: u64) -> Lists {
+    Lists::parse(list(ca, &[serial]).pem().unwrap().as_bytes()).unwrap()
+}
+
 fn lists(all: &[&rcgen::CertificateRevocationList]) -> Arc<Lists> {
     let text: String = all.iter().map(|list| list.pem().unwrap()).collect();
     Arc::new(Lists::parse(text.as_bytes()).unwrap())
