@@ -14,7 +14,7 @@ use crate::{
     log::{Line, Log},
     metrics::Metrics,
     netns::Namespace,
-    program::{Program, Start},
+    program::{Finished, Program, Start},
     topology::Node,
     wait::{self, SOON},
 };
@@ -36,35 +36,21 @@ impl Proxy {
     /// Starts it with the lab's settings, those given over them; an empty one is left out.
     pub(crate) fn start(node: &Node, settings: &[(&str, &str)]) -> Result<Self> {
         let root = &node.lab.root;
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let pins = root.join("pins").join(node.name());
-        std::fs::create_dir_all(&pins)?;
-        let mut variables: Vec<(String, String)> = [
-            ("CAPTURE", "ebpf".to_owned()),
-            ("CAPTURE_PIN_DIR", text(&pins)),
-            ("INPOD_UDS", text(&root.join(format!("{}.sock", node.name())))),
-            ("NODE_NAME", node.name().to_owned()),
-            ("LOCAL_XDS_PATH", text(&root.join("mesh.yaml"))),
-            ("LOCAL_CA_DIR", text(&root.join("ca"))),
-            ("XDS_ADDRESS", String::new()),
-            ("NETWORK", String::new()),
-            ("IPV6_ENABLED", "true".to_owned()),
-            ("ZTUNNEL_WORKER_THREADS", "2".to_owned()),
-            ("RUST_LOG", "info".to_owned()),
-            ("RUST_BACKTRACE", "1".to_owned()),
-            ("TERMINATION_GRACE_PERIOD_SECONDS", "5".to_owned()),
-        ]
-        .map(|(key, value)| (key.to_owned(), value))
-        .into();
-        for (key, value) in settings {
-            variables.retain(|(known, _)| known != key);
-            variables.push(((*key).to_owned(), (*value).to_owned()));
-        }
+        let variables = variables(node, settings)?;
         let log = log_of(root, node.name());
         let command = [node.lab.ztunnel.as_os_str(), "proxy".as_ref(), "ztunnel".as_ref()];
         let start = Start::new(node.namespace(), root, command);
         let program = start.environment(variables).log(&log).spawn()?;
         Ok(Self { program, namespace: node.namespace().clone(), node: node.name().to_owned(), log })
+    }
+
+    /// Runs the node proxy's executable with these arguments, to its end.
+    pub(crate) fn command(node: &Node, arguments: &[&str]) -> Result<Finished> {
+        let program = node.lab.ztunnel.to_string_lossy();
+        let words = [program.as_ref()].into_iter().chain(arguments.iter().copied());
+        Start::new(node.namespace(), &node.lab.root, words)
+            .environment(variables(node, &[])?)
+            .run(SOON)
     }
 
     /// Waits until it says that it is ready; fails at once where it ends instead.
@@ -161,6 +147,36 @@ impl Proxy {
         self.program.signal(Signal::SIGTERM)?;
         self.program.wait(deadline)
     }
+}
+
+/// The lab's settings, with those given over them.
+fn variables(node: &Node, settings: &[(&str, &str)]) -> Result<Vec<(String, String)>> {
+    let root = &node.lab.root;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let pins = root.join("pins").join(node.name());
+    std::fs::create_dir_all(&pins)?;
+    let mut variables: Vec<(String, String)> = [
+        ("CAPTURE", "ebpf".to_owned()),
+        ("CAPTURE_PIN_DIR", text(&pins)),
+        ("INPOD_UDS", text(&root.join(format!("{}.sock", node.name())))),
+        ("NODE_NAME", node.name().to_owned()),
+        ("LOCAL_XDS_PATH", text(&root.join("mesh.yaml"))),
+        ("LOCAL_CA_DIR", text(&root.join("ca"))),
+        ("XDS_ADDRESS", String::new()),
+        ("NETWORK", String::new()),
+        ("IPV6_ENABLED", "true".to_owned()),
+        ("ZTUNNEL_WORKER_THREADS", "2".to_owned()),
+        ("RUST_LOG", "info".to_owned()),
+        ("RUST_BACKTRACE", "1".to_owned()),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "5".to_owned()),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into();
+    for (key, value) in settings {
+        variables.retain(|(known, _)| known != key);
+        variables.push(((*key).to_owned(), (*value).to_owned()));
+    }
+    Ok(variables)
 }
 
 /// Where the log of a node's proxies is.

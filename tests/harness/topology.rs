@@ -300,6 +300,11 @@ impl Node {
         Proxy::start(self, settings)
     }
 
+    /// Runs the node proxy's executable with these arguments on the node.
+    pub fn proxy_command(&self, arguments: &[&str]) -> Result<Finished> {
+        Proxy::command(self, arguments)
+    }
+
     /// Does this with its node proxy.
     pub fn with_proxy<T>(&self, f: impl FnOnce(&mut Proxy) -> Result<T>) -> Result<T> {
         let mut proxy = locked(&self.proxy);

@@ -1,0 +1,332 @@
+//! Capture on a node: its hazards, pods that come and go, node proxies that die.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use mesh_tests::{
+    Scene,
+    capture::Capture,
+    mesh::identity,
+    scene::{HTTP, TCP, TUNNEL, web},
+    topology::PROBE,
+    wait::{self, SOON},
+};
+use serde_json::json;
+
+#[test]
+fn requests_go_through_both_nodes_and_keep_their_address() {
+    let scene = Scene::start(&[]).unwrap();
+    let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
+    for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
+        let said = scene.ask_until(&scene.client, to).unwrap();
+        assert_eq!(said["client"], own.to_string());
+    }
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.objection(), None, "{seen:?}");
+    assert!(!seen.tls.is_empty());
+}
+
+#[test]
+fn a_socket_bound_to_the_device_is_captured_too() {
+    let mut scene = Scene::start(&[]).unwrap();
+    scene.mesh.strict(&[&scene.server]);
+    scene.apply_policy(mesh_tests::mesh::STRICT).unwrap();
+    for to in web(80).into_iter().chain(scene.server_at(HTTP)) {
+        let url = format!("http://{to}/");
+        let bound = ["curl", "-gsS", "--max-time", "8", "--interface", "if!eth0", &url];
+        scene.client.run(bound).unwrap().ok().unwrap();
+    }
+}
+
+#[test]
+fn a_pod_and_itself() {
+    let scene = Scene::start(&[]).unwrap();
+    let server = &scene.server;
+    let direct = [server.v4(), server.v6(), [127, 0, 0, 1].into(), Ipv6Addr::LOCALHOST.into()];
+    for ip in direct {
+        let said = scene.ask(server, SocketAddr::new(ip, HTTP)).unwrap();
+        assert_eq!(said["local"], ip.to_string());
+    }
+    for (to, own) in web(80).into_iter().zip([server.v4(), server.v6()]) {
+        let said = scene.ask_until(server, to).unwrap();
+        assert_eq!(said["name"], "server");
+        assert_eq!(said["client"], own.to_string());
+    }
+}
+
+#[test]
+fn probes_pass_and_the_node_does_not() {
+    let mut scene = Scene::start(&[]).unwrap();
+    scene.mesh.strict(&[&scene.server]);
+    scene.apply_policy(mesh_tests::mesh::STRICT).unwrap();
+    for (to, source) in scene.server_at(HTTP).into_iter().zip([PROBE.0, PROBE.1]) {
+        let (url, source) = (format!("http://{to}/"), source.to_string());
+        let curl = ["curl", "-gsS", "--max-time", "5"];
+        let as_probe = ["--interface", &source, &url];
+        scene.b.run(curl.iter().chain(&as_probe)).unwrap().ok().unwrap();
+        // The node itself is as good as anybody.
+        assert!(!scene.b.run(curl.iter().chain(&[url.as_str()])).unwrap().is_ok());
+    }
+}
+
+#[test]
+fn an_application_may_hold_our_ports() {
+    let scene = Scene::bare().unwrap();
+    let mut held = scene.server.spawn(["tcp-server", "[::]:15008", "[::]:15001"]).unwrap();
+    held.says("listening", SOON).unwrap();
+    scene.begin(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    // What dials its tunnel port from outside gets the node proxy.
+    let got = scene.outsider.tcp(SocketAddr::new(scene.server.v4(), TUNNEL), &["who"]).unwrap();
+    assert!(!got.is_ok(), "{}", got.out);
+}
+
+#[test]
+fn an_application_can_bind_while_a_connection_to_its_port_is_open() {
+    let scene = Scene::start(&[]).unwrap();
+    let to = web(TCP)[0].to_string();
+    let mut open = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+    open.says("open", SOON).unwrap();
+    let mut server = scene.client.spawn(["tcp-server", &format!("0.0.0.0:{TCP}")]).unwrap();
+    server.says("listening", SOON).unwrap();
+}
+
+#[test]
+fn somebody_elses_rules_are_a_reason_to_refuse() {
+    let scene = Scene::bare().unwrap();
+    scene.a.start_proxy(&[]).unwrap();
+    let chain = ["iptables", "-t", "nat", "-N", "ISTIO_OUTPUT"];
+    scene.client.run(chain).unwrap().ok().unwrap();
+    let why = scene.a.enrol(&scene.client, "client").unwrap_err();
+    assert!(format!("{why:#}").contains("ISTIO_OUTPUT"), "{why:#}");
+    scene.client.run(["iptables", "-t", "nat", "-X", "ISTIO_OUTPUT"]).unwrap().ok().unwrap();
+    let route = ["ip", "route", "add", "local", "default", "dev", "lo", "table", "100"];
+    scene.outsider.run(route).unwrap().ok().unwrap();
+    let why = scene.a.enrol(&scene.outsider, "outsider").unwrap_err();
+    assert!(format!("{why:#}").contains("100"), "{why:#}");
+    // Readiness waits for what is pending, and names it.
+    scene
+        .a
+        .with_proxy(|proxy| {
+            wait::until("not ready", SOON, || {
+                let answer = proxy.readiness()?;
+                Ok((answer.status == 500 && answer.body.contains("workload proxy manager"))
+                    .then_some(()))
+            })
+        })
+        .unwrap();
+    // The first is enrolled by the retry.
+    scene
+        .a
+        .with_proxy(|proxy| {
+            wait::until("one enrolled", SOON, || {
+                let metrics = proxy.metrics()?;
+                let one = |name| (metrics.sum(name, &[]) - 1.0).abs() < 0.5;
+                let up = one("workload_manager_active_proxy_count");
+                let pending = one("workload_manager_pending_proxy_count");
+                Ok((up && pending).then_some(()))
+            })
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_dead_node_proxy_lets_nothing_pass_and_its_successor_takes_over() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    scene.a.kill_proxy();
+    let capture = Capture::start(scene.lab.wire(), &["in-clear"]).unwrap();
+    for to in web(TCP).into_iter().chain(scene.server_at(TCP)) {
+        let got = scene.client.tcp(to, &["echo", "in-clear"]).unwrap();
+        assert!(!got.is_ok(), "{to}: {}", got.out);
+    }
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.objection(), None);
+    assert!(seen.attempts.is_empty(), "{:?}", seen.attempts);
+    let to = web(TCP)[0].to_string();
+    let waiting = scene.client.spawn(["tcp", &to, "wait", "patience"]).unwrap();
+    scene.a.start_proxy(&[]).unwrap();
+    waiting.finish(SOON * 2).unwrap().ok().unwrap();
+    for to in web(80) {
+        scene.ask(&scene.client, to).unwrap();
+    }
+}
+
+#[test]
+fn inbound_waits_for_the_successor() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    scene.b.kill_proxy();
+    let plain = SocketAddr::new(scene.server.v4(), TCP).to_string();
+    let waiting = scene.outsider.spawn(["tcp", &plain, "wait", "patience"]).unwrap();
+    // The application is still reached by itself and by probes.
+    scene.ask(&scene.server, SocketAddr::new(scene.server.v4(), HTTP)).unwrap();
+    scene.b.start_proxy(&[]).unwrap();
+    waiting.finish(SOON * 2).unwrap().ok().unwrap();
+    wait::retry("an answer", SOON, || scene.ask(&scene.client, web(80)[0])).unwrap();
+}
+
+#[test]
+fn stopping_leaves_capture_and_release_withdraws_it() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let code = scene.a.with_proxy(|proxy| proxy.terminate(SOON)).unwrap();
+    assert_eq!(code, 0);
+    let direct = SocketAddr::new(scene.outsider.v4(), HTTP);
+    assert!(scene.ask(&scene.client, direct).is_err());
+    let release = scene.a.proxy_command(&["release", "--all"]).unwrap();
+    assert!(release.is_ok(), "{}{}", release.out, release.err);
+    let said = scene.ask(&scene.client, direct).unwrap();
+    assert_eq!(said["client"], scene.client.v4().to_string());
+}
+
+#[test]
+fn enrolling_and_releasing_breaks_no_connection() {
+    let mut scene = Scene::start(&[]).unwrap();
+    let late = scene.a.pod("late").unwrap();
+    scene.lab.settle(&[&late]).unwrap();
+    let _programs = late.serve(HTTP, TCP).unwrap();
+    scene.mesh.stranger(&late, "late");
+    scene.apply().unwrap();
+    let live = || {
+        let mut live = Vec::new();
+        for (from, to) in [(&late, &scene.outsider), (&scene.outsider, &late)] {
+            for ip in [to.v4(), to.v6()] {
+                let to = SocketAddr::new(ip, TCP).to_string();
+                let mut program = from.spawn(["tcp", &to, "tick", "60", "25"]).unwrap();
+                program.says("open", SOON).unwrap();
+                live.push(program);
+            }
+        }
+        live
+    };
+    let before = live();
+    scene.mesh.workload_of(&late).unwrap().set("protocol", json!("HBONE"));
+    scene.apply().unwrap();
+    scene.a.enrol(&late, "late").unwrap();
+    for program in before {
+        program.finish(SOON).unwrap().ok().unwrap();
+    }
+    let mark = scene.a.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    scene.ask_until(&late, web(80)[1]).unwrap();
+    let own = |line: &mesh_tests::log::Line| line.field("src.identity") == identity("late");
+    scene.a.with_proxy(|proxy| proxy.wait_access(mark, "late's", own)).unwrap();
+    // Now these are captured, and the pod leaves the mesh.
+    let after = live();
+    scene.a.release(&late).unwrap();
+    for program in after {
+        program.finish(SOON).unwrap().ok().unwrap();
+    }
+    let said = scene.ask(&late, SocketAddr::new(scene.outsider.v4(), HTTP)).unwrap();
+    assert_eq!(said["client"], late.v4().to_string());
+}
+
+#[test]
+fn a_pod_without_ipv6_is_served_by_ipv4() {
+    let scene = Scene::bare().unwrap();
+    scene.client.namespace().sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();
+    scene.client.namespace().sysctl("ipv6/conf/lo/disable_ipv6", "1").unwrap();
+    scene.begin(&[]).unwrap();
+    let said = scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    assert_eq!(said["client"], scene.client.v4().to_string());
+}
+
+#[test]
+fn a_pod_that_is_gone_takes_nothing_with_it() {
+    let scene = Scene::start(&[]).unwrap();
+    let other = scene.a.pod("other").unwrap();
+    scene.lab.settle(&[&other]).unwrap();
+    scene.a.enrol(&other, "other").unwrap();
+    let up = |count: f64| {
+        scene.a.with_proxy(|proxy| {
+            wait::until("the count", SOON, || {
+                let is = proxy.metrics()?.sum("workload_manager_active_proxy_count", &[]);
+                Ok(((is - count).abs() < 0.5).then_some(()))
+            })
+        })
+    };
+    up(2.0).unwrap();
+    let name = other.namespace().name().to_owned();
+    scene.a.release(&other).unwrap();
+    drop(other);
+    mesh_tests::netns::remove(&name);
+    up(1.0).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+}
+
+#[test]
+fn the_agent_may_come_and_go() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let to = web(TCP)[0].to_string();
+    let mut open = scene.client.spawn(["tcp", &to, "tick", "60", "25"]).unwrap();
+    open.says("open", SOON).unwrap();
+    let before = scene.a.zds().connections();
+    scene.a.zds().forget(&scene.client.uid());
+    scene.a.zds().hang_up();
+    scene.a.zds().wait_connections(before + 1, SOON).unwrap();
+    assert_eq!(scene.a.zds().complaint(), None);
+    open.finish(SOON).unwrap().ok().unwrap();
+    scene.ask_until(&scene.client, web(80)[1]).unwrap();
+    scene
+        .a
+        .with_proxy(|proxy| {
+            let ready = || Ok((proxy.readiness()?.status == 200).then_some(()));
+            wait::until("readiness", SOON, ready)
+        })
+        .unwrap();
+}
+
+/// The rules that istio-cni writes (without DNS), for `CAPTURE=external`.
+fn istio_cni_rules(pod: &mesh_tests::Pod) {
+    for (iptables, ip, local, probe) in [
+        ("iptables", "-4", "127.0.0.1/32", PROBE.0.to_string()),
+        ("ip6tables", "-6", "::1/128", PROBE.1.to_string()),
+    ] {
+        let not_ours = "-m mark ! --mark 0x539/0xfff";
+        let script = format!(
+            "set -e
+            ip {ip} rule add fwmark 0x111/0xfff pref 32764 lookup 100
+            ip {ip} route add local default dev lo table 100
+            {iptables} -t mangle -N ISTIO_PRERT; {iptables} -t mangle -A PREROUTING -j ISTIO_PRERT
+            {iptables} -t mangle -N ISTIO_OUTPUT; {iptables} -t mangle -A OUTPUT -j ISTIO_OUTPUT
+            {iptables} -t mangle -A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
+            {iptables} -t mangle -A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark
+            {iptables} -t nat -N ISTIO_PRERT; {iptables} -t nat -A PREROUTING -j ISTIO_PRERT
+            {iptables} -t nat -N ISTIO_OUTPUT; {iptables} -t nat -A OUTPUT -j ISTIO_OUTPUT
+            {iptables} -t nat -A ISTIO_PRERT -s {probe} -p tcp -j ACCEPT
+            {iptables} -t nat -A ISTIO_PRERT ! -d {local} -p tcp ! --dport 15008 {not_ours} -j REDIRECT --to-ports 15006
+            {iptables} -t nat -A ISTIO_OUTPUT -d {probe} -p tcp -j ACCEPT
+            {iptables} -t nat -A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
+            {iptables} -t nat -A ISTIO_OUTPUT ! -d {local} -o lo -j ACCEPT
+            {iptables} -t nat -A ISTIO_OUTPUT ! -d {local} -p tcp {not_ours} -j REDIRECT --to-ports 15001"
+        );
+        pod.run(["bash", "-c", &script]).unwrap().ok().unwrap();
+    }
+}
+
+#[test]
+fn rules_of_istio_cni_serve_as_well() {
+    let mut scene = Scene::bare().unwrap();
+    istio_cni_rules(&scene.client);
+    istio_cni_rules(&scene.server);
+    scene.begin(&[("CAPTURE", "external")]).unwrap();
+    let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
+    for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
+        let said = scene.ask_until(&scene.client, to).unwrap();
+        assert_eq!(said["client"], own.to_string());
+    }
+    assert_eq!(capture.stop().unwrap().objection(), None);
+    // Plain text comes in by 15006, with its own address, until STRICT.
+    for (to, own) in
+        scene.server_at(HTTP).into_iter().zip([scene.outsider.v4(), scene.outsider.v6()])
+    {
+        let said = scene.ask(&scene.outsider, to).unwrap();
+        assert_eq!(said["client"], own.to_string());
+    }
+    scene.mesh.strict(&[&scene.server]);
+    scene.apply_policy(mesh_tests::mesh::STRICT).unwrap();
+    assert!(scene.ask(&scene.outsider, scene.server_at(HTTP)[0]).is_err());
+    scene.ask(&scene.client, web(80)[0]).unwrap();
+}

@@ -1,0 +1,127 @@
+//! A real Envoy as HBONE waypoint between two node proxies.
+
+#![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "a test may panic")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use mesh_tests::{
+    Pod, Program, Scene,
+    envoy::{self, HEADER, Route},
+    hbone::{Dial, Tunnel},
+    mesh::{hostname, identity, principal},
+    scene::{HTTP, web},
+    topology::NAMESPACE,
+};
+use serde_json::{Value, json};
+
+struct World {
+    scene: Scene,
+    waypoint: Pod,
+    _envoy: Program,
+}
+
+/// The server lets in the waypoint alone, and Envoy runs: whoever skips it fails.
+fn world() -> World {
+    let mut scene = Scene::start(&[]).unwrap();
+    let waypoint = scene.b.pod("waypoint").unwrap();
+    scene.lab.settle(&[&waypoint]).unwrap();
+    let Scene { mesh, server, .. } = &mut scene;
+    mesh.workload(&waypoint, "waypoint");
+    mesh.service("waypoint", &["10.96.0.30".parse().unwrap()], &[(15008, 15008)], &[&waypoint]);
+    let rules = json!([[[{ "principals": [{ "Exact": principal("waypoint") }] }]]]);
+    mesh.policy("only-waypoint", "Allow", &rules).set("scope", json!("WorkloadSelector"));
+    mesh.select("only-waypoint", NAMESPACE, &[server]);
+    let routes = web(80).into_iter().chain(scene.server_at(HTTP)).map(|authority| Route {
+        authority,
+        to: SocketAddr::new(
+            if authority.is_ipv4() { scene.server.v4() } else { scene.server.v6() },
+            HTTP,
+        ),
+        identity: identity("server"),
+    });
+    let routes: Vec<_> = routes.collect();
+    let issued = scene.certificate("waypoint").unwrap();
+    let envoy = envoy::waypoint(&waypoint, scene.lab.folder(), &issued, &routes).unwrap();
+    World { scene, waypoint, _envoy: envoy }
+}
+
+fn reference(waypoint: &Pod, by_name: bool) -> Value {
+    let name = format!("{NAMESPACE}/{}", hostname("waypoint"));
+    let destination = if by_name { name } else { format!("/{}", waypoint.v4()) };
+    json!({ "destination": destination, "hboneMtlsPort": 15008 })
+}
+
+/// Every one of them passes Envoy, and the server sees Envoy's address.
+fn pass(world: &World, to: &[SocketAddr]) {
+    let own: Vec<String> =
+        [world.waypoint.v4(), world.waypoint.v6()].map(|ip: IpAddr| ip.to_string()).into();
+    for to in to {
+        let said = world.scene.ask_until(&world.scene.client, *to).unwrap();
+        assert_eq!(said["headers"][HEADER], "envoy", "{to}: {said}");
+        assert!(own.contains(&said["client"].as_str().unwrap().to_owned()), "{said}");
+    }
+}
+
+#[test]
+fn a_service_with_a_waypoint() {
+    let mut world = world();
+    for by_name in [true, false] {
+        let waypoint = reference(&world.waypoint, by_name);
+        world.scene.mesh.service_of("web").unwrap().set("waypoint", waypoint);
+        world.scene.apply_policy("only-waypoint").unwrap();
+        pass(&world, &web(80));
+    }
+    // The untranslated address is what Envoy was asked for: it has a route for nothing else. And
+    // the pods' own addresses have no waypoint, so that the policy stops them.
+    assert!(world.scene.ask(&world.scene.client, world.scene.server_at(HTTP)[0]).is_err());
+    let identity = identity("waypoint");
+    world
+        .scene
+        .b
+        .with_proxy(|proxy| {
+            proxy.wait_access(0, "the waypoint's", |line| {
+                line.field("src.identity") == identity && line.field("error").is_empty()
+            })
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_workload_with_a_waypoint() {
+    let mut world = world();
+    let waypoint = reference(&world.waypoint, true);
+    let Scene { mesh, server, .. } = &mut world.scene;
+    mesh.workload_of(server).unwrap().set("waypoint", waypoint);
+    world.scene.apply_policy("only-waypoint").unwrap();
+    pass(&world, &world.scene.server_at(HTTP));
+}
+
+#[test]
+fn who_skips_the_waypoint_is_refused() {
+    let mut world = world();
+    let waypoint = reference(&world.waypoint, true);
+    world.scene.mesh.service_of("web").unwrap().set("waypoint", waypoint);
+    world.scene.apply_policy("only-waypoint").unwrap();
+    pass(&world, &web(80)[..1]);
+    let authority = world.scene.server_at(HTTP)[0].to_string();
+    for (account, status) in [("client", 401), ("waypoint", 200)] {
+        let issued = world.scene.certificate(account).unwrap();
+        let from = world.scene.outsider.namespace();
+        let mut tunnel = Tunnel::open(&Dial::new(from, world.scene.tunnel(), &issued)).unwrap();
+        assert_eq!(tunnel.connect(&authority, &[]).unwrap().status, status, "{account}");
+    }
+}
+
+#[test]
+fn a_waypoint_that_is_down_is_no_way_round() {
+    let mut world = world();
+    let waypoint = reference(&world.waypoint, true);
+    world.scene.mesh.service_of("web").unwrap().set("waypoint", waypoint);
+    world.scene.mesh.remove_policy("only-waypoint");
+    world.scene.apply().unwrap();
+    let World { scene, _envoy: envoy, .. } = world;
+    drop(envoy);
+    let has = |dump: &Value| dump["services"].to_string().contains("hboneMtlsPort");
+    scene.a.with_proxy(|proxy| proxy.wait_dump("the waypoint", has)).unwrap();
+    assert!(scene.ask(&scene.client, web(80)[0]).is_err());
+}
