@@ -372,3 +372,28 @@ proptest::proptest! {
         crate::fuzz::revocation_lists(&noise);
     }
 }
+
+/// A root is replaced in four steps, and workloads reach them at different times (each at its half life). Whoever
+/// is at most one step apart can talk, both ways; what was refused at first is not remembered as such.
+#[test]
+fn a_root_is_rotated_step_by_step() {
+    let (old, new) = (TestCa::new("cluster.local"), TestCa::new("cluster.local"));
+    let context = context();
+    let (both, only_old, only_new): ([&TestCa; 2], _, _) = ([&old, &new], [&old], [&new]);
+    let step = |signer: &TestCa, roots: &[&TestCa]| {
+        let (key, mut issued) = signer.issue(&[SERVER], |_| ());
+        issued.roots = roots.iter().map(|root| root.certificate.clone()).collect();
+        WorkloadCertificate::new(id(SERVER), key, issued, &context).unwrap()
+    };
+    let steps =
+        [step(&old, &only_old), step(&old, &both), step(&new, &both), step(&new, &only_new)];
+    for round in 0..2 {
+        for (i, client) in steps.iter().enumerate() {
+            for (j, server) in steps.iter().enumerate() {
+                let ends = connect(client, server, &[SERVER]);
+                let talk = ends.client.is_ok() && ends.server.is_ok();
+                assert_eq!(talk, i.abs_diff(j) <= 1, "round {round}: step {i} to step {j}");
+            }
+        }
+    }
+}
