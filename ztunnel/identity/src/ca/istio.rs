@@ -47,6 +47,27 @@ pub trait Connect: Send + Sync + 'static {
     fn connect(&self) -> impl Future<Output = Result<Self::Channel, BoxError>> + Send;
 }
 
+/// A function that connects: `move || control_plane.connect()`.
+impl<F, Connecting, Channel> Connect for F
+where
+    F: Fn() -> Connecting + Send + Sync + 'static,
+    Connecting: Future<Output = Result<Channel, BoxError>> + Send,
+    Channel: GrpcService<
+            tonic::body::Body,
+            ResponseBody = tonic::body::Body,
+            Error: Into<BoxError>,
+            Future: Send,
+        > + Clone
+        + Send
+        + Sync,
+{
+    type Channel = Channel;
+
+    fn connect(&self) -> impl Future<Output = Result<Channel, BoxError>> + Send {
+        self()
+    }
+}
+
 /// What is asked for, and by whom.
 #[derive(Debug)]
 pub struct Settings {

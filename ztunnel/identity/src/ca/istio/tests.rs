@@ -230,3 +230,19 @@ fn headers_that_are_none() {
         assert!(error.to_string().contains(name), "{error}");
     }
 }
+
+/// The channel of tonic's own is one; and nobody listening is no refusal.
+#[tokio::test]
+async fn over_a_real_channel() {
+    // Nobody listens: the port was given back.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let lazily = move || async move {
+        let uri = format!("http://127.0.0.1:{port}");
+        Ok::<_, BoxError>(tonic::transport::Endpoint::from_shared(uri)?.connect_lazy())
+    };
+    let ca = IstioCa::new(lazily, settings()).unwrap();
+    let identity = id(CLIENT);
+    let (_, csr) = Csr::generate(&identity).unwrap();
+    let error = ca.sign(&identity, &csr).await.unwrap_err();
+    assert!(matches!(error, IssueError::Unreachable(_)), "{}", chain(&error));
+}
