@@ -9,6 +9,7 @@
 //! - [`Flavour::PinnedReuse`]: the same without the hand-over, every worker with a listener of its own;
 //! - [`Flavour::StealSplit`] and [`Flavour::PinnedSplit`]: as the first two, but a second task owns the socket to
 //!   the other side and chunks pass between the two by bounded queues, as between a relay and its tunnel;
+//! - [`Flavour::PinnedSplice`]: as `Pinned`, but bulk moves from socket to socket by way of a pipe, without copies;
 //! - [`Flavour::Uring`]: one `io_uring` loop per worker, accept and receive multishot, buffers the kernel picks: the
 //!   yardstick, not a candidate.
 
@@ -40,18 +41,21 @@ pub enum Flavour {
     StealSplit,
     /// A runtime per worker, a task for each end of a connection, both on one worker.
     PinnedSplit,
+    /// A runtime per worker, and `splice` for bulk.
+    PinnedSplice,
     /// An `io_uring` loop per worker, each with its own listeners.
     Uring,
 }
 
 impl Flavour {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Steal,
         Self::Pinned,
         Self::PinnedReuse,
         Self::StealSplit,
         Self::PinnedSplit,
+        Self::PinnedSplice,
         Self::Uring,
     ];
 
@@ -64,6 +68,7 @@ impl Flavour {
             Self::PinnedReuse => "pinned-reuse",
             Self::StealSplit => "steal, 2 tasks",
             Self::PinnedSplit => "pinned, 2 tasks",
+            Self::PinnedSplice => "pinned, splice",
             Self::Uring => "uring",
         }
     }
@@ -100,6 +105,7 @@ pub fn relay(flavour: Flavour, routes: &[Route], workers: NonZeroUsize) -> io::R
         Flavour::StealSplit => epoll::steal(routes, workers, Shape::TwoTasks),
         Flavour::Pinned => epoll::pinned(routes, workers, Shape::OneTask),
         Flavour::PinnedSplit => epoll::pinned(routes, workers, Shape::TwoTasks),
+        Flavour::PinnedSplice => epoll::pinned(routes, workers, Shape::Splice),
         Flavour::PinnedReuse => epoll::pinned_reuse(routes, workers),
         Flavour::Uring => uring::run(routes, workers),
     }

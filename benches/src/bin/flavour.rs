@@ -1,4 +1,4 @@
-//! Measures one plain TCP relay under several runtimes: `flavour [--rounds N] [--seconds S]`.
+//! Measures one plain TCP relay under several runtimes: `flavour [--rounds N] [--seconds S] [--only bulk]`.
 
 use std::{
     env, fs,
@@ -31,12 +31,14 @@ const WORKERS: NonZeroUsize = NonZeroUsize::new(2).expect("two is not zero");
 fn main() -> anyhow::Result<()> {
     let mut rounds = 5;
     let mut seconds = 2.0;
+    let mut only = String::new();
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         let value = args.next().with_context(|| format!("{arg} needs a value"))?;
         match arg.as_str() {
             "--rounds" => rounds = value.parse()?,
             "--seconds" => seconds = value.parse()?,
+            "--only" => only = value,
             // How this program starts its own relays.
             "--relay" => {
                 let flavour =
@@ -49,11 +51,11 @@ fn main() -> anyhow::Result<()> {
                 .map(|(from, to)| Route { from: (IP, from).into(), to: (IP, to).into() });
                 return relay(flavour, &routes, WORKERS).context("the relay");
             }
-            _ => bail!("usage: flavour [--rounds N] [--seconds S]"),
+            _ => bail!("usage: flavour [--rounds N] [--seconds S] [--only bulk]"),
         }
     }
     ensure!(rounds > 0, "no rounds, no medians");
-    measure(rounds, Duration::from_secs_f64(seconds))
+    measure(rounds, Duration::from_secs_f64(seconds), &only)
 }
 
 const ROWS: [(&str, Work, usize); 4] = [
@@ -67,7 +69,7 @@ const ROWS: [(&str, Work, usize); 4] = [
 /// Of bulk: MB a second, and per MB.
 type Shown = [f64; 5];
 
-fn measure(rounds: usize, length: Duration) -> anyhow::Result<()> {
+fn measure(rounds: usize, length: Duration, only: &str) -> anyhow::Result<()> {
     // A namespace of our own: nobody else's ports, and a congestion control that is the same everywhere.
     unshare(CloneFlags::CLONE_NEWNET).context("a network namespace of our own needs root")?;
     ensure!(
@@ -80,7 +82,7 @@ fn measure(rounds: usize, length: Duration) -> anyhow::Result<()> {
     server::serve(IP, DIRECT)?;
 
     let mut out = std::io::stdout().lock();
-    for (name, work, parallel) in ROWS {
+    for (name, work, parallel) in ROWS.into_iter().filter(|(name, ..)| name.contains(only)) {
         let mut shown: Vec<Vec<Shown>> = vec![Vec::new(); Flavour::ALL.len() + 1];
         for _ in 0..rounds {
             for (index, all) in shown.iter_mut().enumerate() {

@@ -10,10 +10,12 @@ use std::{
     io,
     net::{Shutdown, SocketAddr},
     num::NonZeroUsize,
+    os::fd::OwnedFd,
     sync::mpsc,
     thread,
 };
 
+use nix::fcntl::{self, FcntlArg, OFlag, SpliceFFlags};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -27,6 +29,8 @@ use super::Route;
 const READ: usize = 64 * 1024;
 
 thread_local! {
+    /// Empty pipes: one is only held while bytes are in it.
+    static PIPES: RefCell<Vec<(OwnedFd, OwnedFd)>> = const { RefCell::new(Vec::new()) };
     /// One buffer a worker: it is only held between a read and the write that follows at once.
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ]);
 }
@@ -36,6 +40,7 @@ thread_local! {
 pub(super) enum Shape {
     OneTask,
     TwoTasks,
+    Splice,
 }
 
 /// Chunks that may wait between two tasks.
@@ -125,7 +130,8 @@ async fn accept(
             next().spawn(async move {
                 // A broken connection is the load's to report.
                 drop(match shape {
-                    Shape::OneTask => one(stream, to).await,
+                    Shape::OneTask => one(stream, to, false).await,
+                    Shape::Splice => one(stream, to, true).await,
                     Shape::TwoTasks => two(stream, to).await,
                 });
             });
@@ -133,13 +139,13 @@ async fn accept(
     }
 }
 
-async fn one(down: std::net::TcpStream, to: SocketAddr) -> io::Result<()> {
+async fn one(down: std::net::TcpStream, to: SocketAddr, splice: bool) -> io::Result<()> {
     down.set_nonblocking(true)?;
     let down = TcpStream::from_std(down)?;
     down.set_nodelay(true)?;
     let up = TcpStream::connect(to).await?;
     up.set_nodelay(true)?;
-    tokio::try_join!(copy(&down, &up), copy(&up, &down))?;
+    tokio::try_join!(copy(&down, &up, splice), copy(&up, &down, splice))?;
     Ok(())
 }
 
@@ -185,12 +191,17 @@ async fn empty(mut queue: queue::Receiver<Vec<u8>>, to: &TcpStream) -> io::Resul
 
 /// One direction. Nothing is held while it waits for bytes; what the writer does not take at once is kept until it
 /// does.
-async fn copy(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+async fn copy(from: &TcpStream, to: &TcpStream, splice: bool) -> io::Result<()> {
+    let mut bulk = false;
     loop {
+        if bulk && splice {
+            spliced(from, to).await?;
+        }
         from.readable().await?;
         let left = BUFFER.with_borrow_mut(|buffer| match from.try_read(buffer) {
             Ok(0) => Ok(None),
             Ok(read) => {
+                bulk = read == READ;
                 let got = buffer.get(..read).unwrap_or_default();
                 match to.try_write(got) {
                     Ok(wrote) => Ok(Some(got.get(wrote..).unwrap_or_default().to_vec())),
@@ -217,4 +228,43 @@ async fn write_all(mut left: &[u8], to: &TcpStream) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a pipe can hold.
+const PIPE: i32 = 1 << 20;
+
+/// Moves bytes by way of a pipe until none are left to be read for now.
+async fn spliced(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+    let (drain, fill) = PIPES.with_borrow_mut(Vec::pop).map_or_else(pipe, Ok)?;
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    let most = usize::try_from(PIPE).unwrap_or(0);
+    loop {
+        let taken = from.try_io(Interest::READABLE, || {
+            Ok(fcntl::splice(from, None, &fill, None, most, flags)?)
+        });
+        let mut left = match taken {
+            Ok(0) => break,
+            Ok(taken) => taken,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        };
+        while left > 0 {
+            let moved = to.try_io(Interest::WRITABLE, || {
+                Ok(fcntl::splice(&drain, None, to, None, left, flags)?)
+            });
+            match moved {
+                Ok(moved) => left -= moved,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    PIPES.with_borrow_mut(|pipes| pipes.push((drain, fill)));
+    Ok(())
+}
+
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let ends = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    fcntl::fcntl(&ends.1, FcntlArg::F_SETPIPE_SZ(PIPE))?;
+    Ok(ends)
 }
