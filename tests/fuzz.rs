@@ -44,6 +44,7 @@ fn words_of(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Fails the test, and keeps the input where it can be found.
+#[expect(clippy::panic, reason = "it is a test")]
 fn check(target: &Target, input: &[u8]) {
     let run = AssertUnwindSafe(|| (target.check)(input));
     if let Err(panic) = catch_unwind(run) {

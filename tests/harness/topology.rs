@@ -54,6 +54,8 @@ impl Lab {
         wire.run(|| {
             let netlink = Netlink::open()?;
             netlink.bridge("wire")?;
+            netlink.address("wire", GATEWAY.0, 24)?;
+            netlink.address("wire", GATEWAY.1, 64)?;
             netlink.up("wire")
         })?;
         let ztunnel = match ztunnel {
@@ -139,7 +141,9 @@ impl Lab {
             // Where istio-cni would have kubelet's probes come from.
             netlink.address("lo", PROBE.0, 32)?;
             netlink.address("lo", PROBE.1, 128)?;
-            netlink.up("eth0")
+            netlink.up("eth0")?;
+            netlink.route((IpAddr::from([0; 4]), 0), Some(GATEWAY.0), "eth0")?;
+            netlink.route((IpAddr::from([0; 16]), 0), Some(GATEWAY.1), "eth0")
         })?;
         let zds = Zds::listen(&self.folder().join(format!("{name}.sock")))?;
         let machine = Machine { name: name.to_owned(), number, address, namespace, zds };
@@ -171,6 +175,12 @@ impl Lab {
         Ok(())
     }
 }
+
+/// Where nodes send what they have no route for: it is seen on the wire, and goes nowhere.
+const GATEWAY: (IpAddr, IpAddr) = (
+    IpAddr::V4(Ipv4Addr::new(10, 77, 0, 254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0xfe)),
+);
 
 /// Where probes come from.
 pub const PROBE: (IpAddr, IpAddr) = (

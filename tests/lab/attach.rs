@@ -22,6 +22,9 @@ const DEFAULT: &str = "demo";
 /// Starts another process that builds the lab and holds it; returns when its checks are through.
 pub(crate) fn keep(options: &Options) -> Result<ExitCode> {
     let name = options.name.as_deref().unwrap_or(DEFAULT);
+    if instance::running().iter().any(|id| id == name) {
+        bail!("a lab named {name} is running: stop it by `cargo lab stop {name}`");
+    }
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--held", "--name", name]);
     if options.json {

@@ -38,7 +38,8 @@ impl Report {
             self.failed += 1;
         }
         if self.json {
-            println!("{}", json!({ "check": name, "ok": ok, "observed": observed }));
+            let (name, observed) = (json!(name), json!(observed));
+            println!("{{\"check\":{name},\"ok\":{ok},\"observed\":{observed}}}");
         } else {
             let mark = if ok { "ok  " } else { "FAIL" };
             println!("        {mark} {name:<24} {observed}");
