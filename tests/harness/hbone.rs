@@ -28,7 +28,7 @@ use tokio::{
     task::{JoinHandle, LocalSet},
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 use crate::{ca::Issued, netns::Namespace};
 
@@ -184,7 +184,8 @@ impl Tunnel {
 type Opened = (SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>, Vec<u8>);
 
 impl Dial<'_> {
-    async fn connect(&self) -> Result<Opened> {
+    /// TCP and TLS.
+    pub(crate) async fn tls(&self) -> Result<TlsStream<tokio::net::TcpStream>> {
         let stream = self.from.run(|| {
             let stream = TcpStream::connect_timeout(&self.to, Duration::from_secs(10))?;
             stream.set_nonblocking(true)?;
@@ -195,7 +196,11 @@ impl Dial<'_> {
         let connector = TlsConnector::from(Arc::new(self.config()?));
         let name = ServerName::IpAddress(self.to.ip().into());
         let handshake = timeout(PATIENCE, connector.connect(name, stream)).await?;
-        let stream = handshake.context("TLS handshake")?;
+        handshake.context("TLS handshake")
+    }
+
+    async fn connect(&self) -> Result<Opened> {
+        let stream = self.tls().await?;
         let server = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         let server = server.map(|leaf| leaf.to_vec()).unwrap_or_default();
         let handshake = timeout(PATIENCE, h2::client::handshake(stream)).await?;

@@ -1,0 +1,202 @@
+//! What a peer with a certificate may try with HTTP/2: each attempt is bounded, and the others are served
+//! all the while.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{fs, time::Duration};
+
+use mesh_tests::{
+    Scene,
+    ca::Issued,
+    frames::{END_HEADERS, Frames, connect, frame, header, kind},
+    hbone::{Dial, Tunnel},
+    scene::HTTP,
+};
+
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// More than this, and the attempt has cost the node proxy memory: MiB.
+const BOUND: u64 = 24;
+
+struct World {
+    scene: Scene,
+    certificate: Issued,
+}
+
+impl World {
+    fn new() -> Self {
+        let scene = Scene::start(&[]).unwrap();
+        let certificate = scene.certificate("client").unwrap();
+        let world = Self { scene, certificate };
+        world.serves();
+        world
+    }
+
+    fn open(&self) -> Frames {
+        Frames::open(&self.dial()).unwrap()
+    }
+
+    fn dial(&self) -> Dial<'_> {
+        Dial::new(self.scene.outsider.namespace(), self.scene.tunnel(), &self.certificate)
+    }
+
+    fn authority(&self) -> String {
+        format!("{}:{HTTP}", self.scene.server.v4())
+    }
+
+    /// Another peer is served.
+    fn serves(&self) {
+        let mut tunnel = Tunnel::open(&self.dial()).unwrap();
+        assert_eq!(tunnel.connect(&self.authority(), &[]).unwrap().status, 200);
+    }
+
+    /// MiB that the server's node proxy has in memory.
+    fn memory(&self) -> u64 {
+        let pid = self.scene.b.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
+        let pages = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+        pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4 / 1024
+    }
+
+    /// Does it, and looks at memory and service after.
+    fn bounded(&self, attempt: impl FnOnce(&mut Frames)) {
+        let before = self.memory();
+        let mut frames = self.open();
+        attempt(&mut frames);
+        let grown = self.memory().saturating_sub(before);
+        assert!(grown <= BOUND, "{grown} MiB more than the {before} before");
+        self.serves();
+    }
+}
+
+#[test]
+fn endless_continuation() {
+    let world = World::new();
+    world.bounded(|frames| {
+        frames.write(&frame(kind::HEADERS, 0, 1, &connect(&world.authority()))).unwrap();
+        let more = frame(kind::CONTINUATION, 0, 1, &header("x", &"y".repeat(100)).repeat(100));
+        // 200 MB of header, were it let.
+        let cut = (0..20_000).any(|_| frames.write(&more).is_err());
+        assert!(cut || frames.read(SILENCE).closed, "it took them all");
+    });
+}
+
+#[test]
+fn tiny_continuations() {
+    let world = World::new();
+    world.bounded(|frames| {
+        frames.write(&frame(kind::HEADERS, 0, 1, &connect(&world.authority()))).unwrap();
+        let more = frame(kind::CONTINUATION, 0, 1, &[]).repeat(1000);
+        let cut = (0..1000).any(|_| frames.write(&more).is_err());
+        assert!(cut || frames.read(SILENCE).closed, "it took a million of them");
+    });
+}
+
+#[test]
+fn rapid_reset() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let block = connect(&world.authority());
+        let mut cut = false;
+        for stream in (1..200_000).step_by(2) {
+            let request = frame(kind::HEADERS, END_HEADERS, stream, &block);
+            let reset = frame(kind::RST_STREAM, 0, stream, &8_u32.to_be_bytes());
+            if frames.write(&[request, reset].concat()).is_err() {
+                cut = true;
+                break;
+            }
+        }
+        // Served or cut off: what matters is what it costs.
+        let answer = frames.read(SILENCE);
+        assert!(cut || answer.closed, "a hundred thousand resets were let pass: {answer:?}");
+    });
+}
+
+#[test]
+fn large_headers() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let mut block = connect(&world.authority());
+        for n in 0..1000 {
+            block.extend(header(&format!("x{n}"), &"y".repeat(100)));
+        }
+        let mut parts = block.chunks(16 << 10).peekable();
+        let first = parts.next().unwrap();
+        frames.write(&frame(kind::HEADERS, 0, 1, first)).unwrap();
+        while let Some(part) = parts.next() {
+            let flags = if parts.peek().is_none() { END_HEADERS } else { 0 };
+            if frames.write(&frame(kind::CONTINUATION, flags, 1, part)).is_err() {
+                return;
+            }
+        }
+        // Answered by an error on the stream or the end of the connection, and not by a tunnel.
+        let answer = frames.read(SILENCE);
+        let refused = answer.frames.contains(&kind::RST_STREAM)
+            || answer.frames.contains(&kind::HEADERS)
+            || answer.closed;
+        assert!(refused, "{answer:?}");
+    });
+}
+
+#[test]
+fn pings_without_end() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let pings = frame(kind::PING, 0, 0, &[7; 8]).repeat(1000);
+        // Nothing is read back: 34 MB of answers are not kept for us. It may stop reading, or close.
+        for _ in 0..2000 {
+            if frames.write(&pings).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
+fn settings_without_end() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let settings = frame(kind::SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]).repeat(1000);
+        for _ in 0..2000 {
+            if frames.write(&settings).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
+fn many_streams() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let block = connect(&world.authority());
+        for stream in (1..2000).step_by(2) {
+            let request = frame(kind::HEADERS, END_HEADERS, stream, &block);
+            if frames.write(&request).is_err() {
+                return;
+            }
+        }
+        let answer = frames.read(SILENCE);
+        let refused = answer.frames.iter().filter(|kind| **kind == kind::RST_STREAM).count();
+        assert!(refused >= 800 || answer.closed, "{refused} of 1000 refused");
+    });
+}
+
+#[test]
+fn nonsense() {
+    let world = World::new();
+    for bytes in [
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        frame(kind::DATA, 0, 1, b"before any stream"),
+        frame(kind::CONTINUATION, 0, 1, b"of nothing"),
+        frame(kind::HEADERS, END_HEADERS, 2, &connect("10.0.0.1:1")),
+        frame(kind::HEADERS, END_HEADERS, 1, &[0xff; 40]),
+        vec![0xff; 4096],
+    ] {
+        world.bounded(|frames| {
+            let answer =
+                if frames.write(&bytes).is_err() { None } else { Some(frames.read(SILENCE)) };
+            let over = answer.is_none_or(|a| a.closed || a.goaway.is_some_and(|code| code != 0));
+            assert!(over, "{bytes:?} was borne");
+        });
+    }
+}
