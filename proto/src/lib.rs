@@ -5,10 +5,10 @@
     unused_qualifications,
     clippy::all,
     clippy::allow_attributes,
+    clippy::clone_on_ref_ptr,
     clippy::allow_attributes_without_reason,
     clippy::doc_markdown,
     clippy::missing_errors_doc,
-    clippy::missing_panics_doc,
     clippy::module_name_repetitions,
     reason = "generated code"
 )]

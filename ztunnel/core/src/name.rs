@@ -128,6 +128,19 @@ name!(/** The control plane's unique key of a workload; opaque. */ WorkloadUid, 
 name!(/** The `namespace/name` of a policy. */ PolicyName, |s| s.contains('/'));
 name!(/** Text that is shown or compared and means nothing else: a pod's name, a node, a cluster, a region, a canonical service. May be empty. */ Text, |_| true);
 
+macro_rules! empty_by_default {
+    ($($name:ident),*) => {$(
+        impl Default for $name {
+            fn default() -> Self {
+                static EMPTY: std::sync::LazyLock<Arc<str>> = std::sync::LazyLock::new(|| "".into());
+                Self(Arc::clone(&EMPTY))
+            }
+        }
+    )*};
+}
+
+empty_by_default!(NetworkId, Text);
+
 #[cfg(test)]
 mod tests {
     use super::*;
