@@ -1,0 +1,352 @@
+//! The tunnels of one pod, by where they lead and on whose behalf.
+//!
+//! One slot a key. The slot's lock is the single flight: who holds it makes the tunnel, who waits for it
+//! finds the tunnel made. An empty slot is removed.
+
+use crate::{
+    Settings, Stream,
+    engine::{self, Raw, Requests, keep_alive},
+    request::{Refused, ResponseHead, TunnelRequest},
+    stream::Counted,
+    tls::TlsStream,
+};
+use http::StatusCode;
+use mesh_core::{Failure, NetworkId, Reason, SpiffeId};
+use mesh_runtime::tasks::{Draining, Tasks};
+use rustls::{ClientConfig, pki_types::CertificateDer};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::{IpAddr, SocketAddr, TcpStream},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+use tokio::time::Instant;
+
+/// What tells tunnels apart.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct PoolKey {
+    /// The far end.
+    pub to: SocketAddr,
+    /// Whom it must be.
+    pub expect: Vec<SpiffeId>,
+    /// Who we are.
+    pub source: SpiffeId,
+    /// Our address.
+    pub source_ip: IpAddr,
+    /// Our network.
+    pub network: NetworkId,
+}
+
+/// A stream that was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The stream.
+    pub stream: Stream,
+    /// What the far end said.
+    pub head: ResponseHead,
+    /// Who the far end is: its certificates.
+    pub certificates: Arc<[CertificateDer<'static>]>,
+}
+
+/// The tunnels of one pod. Dropping it closes them.
+pub struct Pool {
+    settings: Arc<Settings>,
+    slots: Slots,
+    tasks: Tasks,
+}
+
+type Slots = Arc<Mutex<HashMap<PoolKey, Arc<Slot>>>>;
+
+#[derive(Default)]
+struct Slot {
+    making: tokio::sync::Mutex<()>,
+    tunnels: Mutex<Vec<Tunnel>>,
+}
+
+/// One tunnel, as those who open streams on it see it.
+#[derive(Clone)]
+struct Tunnel {
+    requests: Requests,
+    streams: Arc<AtomicUsize>,
+    used: Arc<Mutex<Instant>>,
+    certificates: Arc<[CertificateDer<'static>]>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("slots", &lock(&self.slots).len()).finish_non_exhaustive()
+    }
+}
+
+impl Slot {
+    /// A tunnel with room for a stream, counted as taken.
+    fn usable(&self, most: usize) -> Option<(Tunnel, Counted)> {
+        let tunnels = lock(&self.tunnels);
+        tunnels.iter().find_map(|tunnel| {
+            let limit = most.min(tunnel.requests.current_max_send_streams());
+            // Another thread may count one at the same time: the excess waits in the tunnel.
+            if tunnel.streams.load(Ordering::Acquire) >= limit {
+                return None;
+            }
+            *lock(&tunnel.used) = Instant::now();
+            Some((tunnel.clone(), Counted::new(&tunnel.streams)))
+        })
+    }
+
+    fn forget(&self, streams: &Arc<AtomicUsize>) {
+        lock(&self.tunnels).retain(|tunnel| !Arc::ptr_eq(&tunnel.streams, streams));
+    }
+}
+
+impl Pool {
+    /// Without tunnels. Their tasks are owned by `tasks`.
+    #[must_use]
+    pub fn new(settings: Settings, tasks: Tasks) -> Self {
+        Self { settings: Arc::new(settings), slots: Slots::default(), tasks }
+    }
+
+    /// How many tunnels there are.
+    #[must_use]
+    pub fn tunnels(&self) -> usize {
+        lock(&self.slots).values().map(|slot| lock(&slot.tunnels).len()).sum()
+    }
+
+    fn slot(&self, key: &PoolKey) -> Arc<Slot> {
+        let mut slots = lock(&self.slots);
+        if let Some(slot) = slots.get(key) {
+            return Arc::clone(slot);
+        }
+        Arc::clone(slots.entry(key.clone()).or_default())
+    }
+
+    /// Opens a stream, on a tunnel that is there or on a new one, which `dial` connects.
+    ///
+    /// # Errors
+    ///
+    /// Returns a failure of the upstream side, or what `dial` returns.
+    ///
+    /// # Cancel safety
+    ///
+    /// Who is dropped while making a tunnel leaves that to the next in line.
+    pub async fn open<D>(
+        &self,
+        key: &PoolKey,
+        request: &TunnelRequest,
+        mut dial: D,
+    ) -> Result<Opened, Failure>
+    where
+        D: AsyncFnMut() -> Result<(TcpStream, Arc<ClientConfig>), Failure>,
+    {
+        let slot = self.slot(key);
+        loop {
+            let (tunnel, count, fresh) = match slot.usable(self.most()) {
+                Some((tunnel, count)) => (tunnel, count, false),
+                None => {
+                    let making = slot.making.lock().await;
+                    match slot.usable(self.most()) {
+                        Some((tunnel, count)) => (tunnel, count, false),
+                        None => {
+                            let made = self.make(key, &slot, &mut dial).await;
+                            drop(making);
+                            let tunnel = made.inspect_err(|_| self.sweep(key))?;
+                            let count = Counted::new(&tunnel.streams);
+                            (tunnel, count, true)
+                        }
+                    }
+                }
+            };
+            match Self::request(&tunnel, request, count).await {
+                Ok(opened) => return opened,
+                // It was closed while it lay there: that one is not to be had any more.
+                Err(error) => {
+                    slot.forget(&tunnel.streams);
+                    if fresh {
+                        self.sweep(key);
+                        return Err(Failure::upstream(Reason::Http2, error));
+                    }
+                }
+            }
+        }
+    }
+
+    fn most(&self) -> usize {
+        usize::try_from(self.settings.pool_streams).unwrap_or(usize::MAX).max(1)
+    }
+
+    /// Sends the CONNECT and waits for its answer. The outer error means that the tunnel did not take the
+    /// request at all, so that another may be tried.
+    async fn request(
+        tunnel: &Tunnel,
+        request: &TunnelRequest,
+        count: Counted,
+    ) -> Result<Result<Opened, Failure>, engine::Http2Error> {
+        let head = match request.to_http() {
+            Ok(head) => head,
+            Err(error) => return Ok(Err(Failure::local_because(Reason::Malformed, error))),
+        };
+        let mut requests = tunnel.requests.clone().ready().await.map_err(engine::failed)?;
+        let (answer, send) = requests.send_request(head, false).map_err(engine::failed)?;
+        drop(requests);
+        let mut pending = Pending(Some(send));
+        let answered: engine::Answer = answer;
+        let response = match answered.await {
+            Ok(response) => response,
+            Err(error) if engine::was_not_processed(&error) => return Err(engine::failed(error)),
+            Err(error) => {
+                return Ok(Err(Failure::upstream(Reason::Http2, engine::failed(error))));
+            }
+        };
+        if response.status() != StatusCode::OK {
+            return Ok(Err(Failure::upstream(Reason::Refused, Refused(response.status()))));
+        }
+        let (parts, recv) = response.into_parts();
+        let head = ResponseHead::from_http(&parts.headers);
+        let Some(send) = pending.0.take() else {
+            return Ok(Err(Failure::local(Reason::Reset)));
+        };
+        let stream = Stream::new(Raw { send, recv }, Some(count));
+        let certificates = Arc::clone(&tunnel.certificates);
+        Ok(Ok(Opened { stream, head, certificates }))
+    }
+
+    async fn make<D>(
+        &self,
+        key: &PoolKey,
+        slot: &Arc<Slot>,
+        dial: &mut D,
+    ) -> Result<Tunnel, Failure>
+    where
+        D: AsyncFnMut() -> Result<(TcpStream, Arc<ClientConfig>), Failure>,
+    {
+        let (stream, tls) = dial().await?;
+        let io = tokio::net::TcpStream::from_std(stream)
+            .map_err(|error| Failure::upstream(Reason::Connect, error))?;
+        let io = TlsStream::connect(io, tls).await.map_err(crate::HandshakeError::upstream)?;
+        let certificates: Arc<[_]> = io.peer_certificates().into();
+        let (requests, connection) = engine::connect(io, &self.settings)
+            .await
+            .map_err(|error| Failure::upstream(Reason::Http2, error))?;
+        let tunnel = Tunnel {
+            requests,
+            streams: Arc::default(),
+            used: Arc::new(Mutex::new(Instant::now())),
+            certificates,
+        };
+        lock(&slot.tunnels).push(tunnel.clone());
+        let watched = Watched {
+            key: key.clone(),
+            slot: Arc::downgrade(slot),
+            slots: Arc::downgrade(&self.slots),
+            streams: Arc::clone(&tunnel.streams),
+            used: Arc::clone(&tunnel.used),
+            settings: Arc::clone(&self.settings),
+        };
+        self.tasks.spawn(move |draining| watched.drive(connection, draining));
+        Ok(tunnel)
+    }
+
+    /// Removes the slot if nobody is using it.
+    fn sweep(&self, key: &PoolKey) {
+        sweep(&self.slots, key);
+    }
+}
+
+fn sweep(slots: &Mutex<HashMap<PoolKey, Arc<Slot>>>, key: &PoolKey) {
+    let mut slots = lock(slots);
+    let empty = slots.get(key).is_some_and(|slot| {
+        // Ours, and the map's: whoever waits holds another.
+        Arc::strong_count(slot) <= 2 && lock(&slot.tunnels).is_empty()
+    });
+    if empty {
+        slots.remove(key);
+    }
+}
+
+/// A request that nobody waits for any more is cancelled.
+struct Pending(Option<engine::Send>);
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if let Some(send) = &mut self.0 {
+            engine::cancel(send);
+        }
+    }
+}
+
+/// A tunnel, as its own task sees it. It holds nothing that would keep the tunnel open.
+struct Watched {
+    key: PoolKey,
+    slot: std::sync::Weak<Slot>,
+    slots: std::sync::Weak<Mutex<HashMap<PoolKey, Arc<Slot>>>>,
+    streams: Arc<AtomicUsize>,
+    used: Arc<Mutex<Instant>>,
+    settings: Arc<Settings>,
+}
+
+impl Watched {
+    /// Moves the tunnel until it ends, is idle for too long, or does not answer any more.
+    async fn drive(self, mut connection: engine::ClientConnection, draining: Draining) {
+        let pings = connection.ping_pong();
+        let alive = keep_alive(pings, self.settings.ping_interval, self.settings.ping_timeout);
+        {
+            let mut idle = std::pin::pin!(self.idle(&draining));
+            let mut alive = std::pin::pin!(alive);
+            let mut forgotten = false;
+            loop {
+                tokio::select! {
+                    ended = &mut connection => {
+                        if let Err(error) = ended {
+                            tracing::debug!(to = %self.key.to, error = %engine::failed(error), "the tunnel broke");
+                        }
+                        break;
+                    }
+                    dead = &mut alive => {
+                        tracing::debug!(to = %self.key.to, error = %dead, "the tunnel is given up");
+                        break;
+                    }
+                    // Without a holder of requests it ends with its last stream.
+                    () = &mut idle, if !forgotten => {
+                        forgotten = true;
+                        self.forget();
+                    }
+                }
+            }
+        }
+        self.forget();
+    }
+
+    fn forget(&self) {
+        if let Some(slot) = self.slot.upgrade() {
+            slot.forget(&self.streams);
+        }
+        if let Some(slots) = self.slots.upgrade() {
+            sweep(&slots, &self.key);
+        }
+    }
+
+    /// Waits until nobody has asked for the tunnel for a while, or nobody will.
+    async fn idle(&self, draining: &Draining) {
+        loop {
+            let until = *lock(&self.used) + self.settings.pool_idle;
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {}
+                () = draining.stopping() => return,
+            }
+            let unused = *lock(&self.used) + self.settings.pool_idle <= Instant::now();
+            if unused && self.streams.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            if unused {
+                // In use, though by old streams alone: look again later.
+                *lock(&self.used) = Instant::now();
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! The two kinds of end that a relay connects: a stream in a tunnel, and a TCP connection.
+
+use crate::{buffers::Buffer, engine::Raw};
+use bytes::Bytes;
+use std::{
+    fmt, io,
+    io::IoSlice,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+use tokio::net::TcpStream;
+
+/// What a relay takes at a time, in bytes: the payload of a frame of the default size.
+pub(crate) const CHUNK: usize = 128 * 1024;
+
+/// Reads shorter than this are copied out of their buffer, so that few bytes never hold a big one.
+const SMALL: usize = 16 * 1024;
+
+/// One end of a relay: chunks come out of it, and go into it. Waiting comes before taking, so that what
+/// is idle holds no buffer.
+pub trait Duplex: Send {
+    /// Waits until [`take`](Self::take) has something to say.
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Takes a chunk of at most `room` bytes.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error where the other side cut its stream off.
+    fn take(&mut self, room: usize) -> io::Result<Taken>;
+
+    /// The chunk that was taken last has gone to the other side: its sender may send as much again.
+    fn release(&mut self, bytes: usize);
+
+    /// Waits until [`give`](Self::give) may be called, and for how many bytes.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>>;
+
+    /// Room that was waited for is not used.
+    fn keep_no_room(&mut self);
+
+    /// Sends a chunk that there is room for.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error where the other side does not listen any more.
+    fn give(&mut self, chunk: Bytes) -> io::Result<()>;
+
+    /// Waits until what was given has been passed on.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Says that no more will be given.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error where the other side does not listen any more.
+    fn finish(&mut self) -> io::Result<()>;
+
+    /// Cuts both directions off, so that the other side sees no clean end.
+    fn reset(&mut self);
+
+    /// Ready where the other side has cut off the direction to it.
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Error>;
+}
+
+/// What there was to take.
+#[derive(Debug)]
+pub enum Taken {
+    /// Bytes.
+    Chunk(Bytes),
+    /// Nothing after all.
+    Nothing,
+    /// The end.
+    End,
+}
+
+/// A stream in a tunnel.
+pub struct Stream {
+    raw: Raw,
+    next: Option<Bytes>,
+    ended: bool,
+    finished: bool,
+    over: bool,
+    /// Counts the stream among those of its tunnel.
+    _count: Option<Counted>,
+}
+
+/// Counts a stream for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    pub(crate) fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+impl Stream {
+    pub(crate) const fn new(raw: Raw, count: Option<Counted>) -> Self {
+        Self { raw, next: None, ended: false, finished: false, over: false, _count: count }
+    }
+}
+
+impl Drop for Stream {
+    /// A stream that is dropped before its end was cut off.
+    fn drop(&mut self) {
+        if !self.over && !(self.ended && self.finished) {
+            self.raw.reset();
+        }
+    }
+}
+
+impl Duplex for Stream {
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.next.is_none() && !self.ended {
+            match ready!(self.raw.poll_data(cx))? {
+                Some(data) => self.next = Some(data),
+                None => self.ended = true,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn take(&mut self, room: usize) -> io::Result<Taken> {
+        let Some(mut next) = self.next.take() else {
+            return Ok(if self.ended { Taken::End } else { Taken::Nothing });
+        };
+        if next.len() > room {
+            self.next = Some(next.split_off(room));
+        }
+        Ok(if next.is_empty() { Taken::Nothing } else { Taken::Chunk(next) })
+    }
+
+    fn release(&mut self, bytes: usize) {
+        self.raw.release(bytes);
+    }
+
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.raw.poll_room(cx, CHUNK)
+    }
+
+    fn keep_no_room(&mut self) {
+        self.raw.keep_no_room();
+    }
+
+    fn give(&mut self, chunk: Bytes) -> io::Result<()> {
+        self.raw.send(chunk, false)
+    }
+
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The tunnel's task passes it on; the room bounds what it holds.
+        Poll::Ready(Ok(()))
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.finished = true;
+        match self.raw.send(Bytes::new(), true) {
+            // Who has heard enough does not mind.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            other => other,
+        }
+    }
+
+    fn reset(&mut self) {
+        if !self.over {
+            self.over = true;
+            self.raw.reset();
+        }
+    }
+
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if self.finished {
+            return Poll::Pending;
+        }
+        self.raw.poll_reset(cx)
+    }
+}
+
+/// A TCP connection.
+#[derive(Debug)]
+pub struct Tcp {
+    io: TcpStream,
+    unsent: Option<Bytes>,
+    finished: bool,
+}
+
+impl Tcp {
+    /// Takes a connection onto the runtime that runs this.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the runtime cannot watch the socket.
+    pub fn new(stream: std::net::TcpStream) -> io::Result<Self> {
+        TcpStream::from_std(stream).map(Self::from)
+    }
+
+    /// Sends a few bytes before all else.
+    ///
+    /// # Errors
+    ///
+    /// Fails as the socket does.
+    pub async fn preface(&mut self, bytes: &[u8]) -> io::Result<()> {
+        tokio::io::AsyncWriteExt::write_all(&mut self.io, bytes).await
+    }
+}
+
+impl From<TcpStream> for Tcp {
+    fn from(io: TcpStream) -> Self {
+        Self { io, unsent: None, finished: false }
+    }
+}
+
+impl Duplex for Tcp {
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.io.poll_read_ready(cx)
+    }
+
+    fn take(&mut self, room: usize) -> io::Result<Taken> {
+        let mut buffer = Buffer::borrow();
+        let room = buffer.bytes_mut().get_mut(..room.min(CHUNK)).unwrap_or_default();
+        match self.io.try_read(room) {
+            Ok(0) => Ok(Taken::End),
+            Ok(count) if count < SMALL => {
+                Ok(Taken::Chunk(Bytes::copy_from_slice(room.get(..count).unwrap_or_default())))
+            }
+            Ok(count) => Ok(Taken::Chunk(Bytes::from_owner(buffer).slice(..count))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Taken::Nothing),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn release(&mut self, _: usize) {}
+
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        ready!(self.poll_flush(cx))?;
+        Poll::Ready(Ok(usize::MAX))
+    }
+
+    fn keep_no_room(&mut self) {}
+
+    fn give(&mut self, chunk: Bytes) -> io::Result<()> {
+        self.unsent = Some(chunk);
+        Ok(())
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(chunk) = &mut self.unsent {
+            match self.io.try_write_vectored(&[IoSlice::new(chunk)]) {
+                Ok(count) if count == chunk.len() => self.unsent = None,
+                Ok(count) => {
+                    let _sent = chunk.split_to(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.io.poll_write_ready(cx))?;
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.finished = true;
+        match socket2::SockRef::from(&self.io).shutdown(std::net::Shutdown::Write) {
+            // The peer has closed already.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            other => other,
+        }
+    }
+
+    fn reset(&mut self) {
+        // Closing it now sends RST.
+        let zero = Some(std::time::Duration::ZERO);
+        let _closed_already = socket2::SockRef::from(&self.io).set_linger(zero);
+    }
+
+    fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<io::Error> {
+        // A reset shows as an error of reading.
+        Poll::Pending
+    }
+}

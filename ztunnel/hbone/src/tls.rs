@@ -1,0 +1,581 @@
+//! TLS over TCP, on rustls's unbuffered API: whole buffers are read and decrypted where they lie, a whole
+//! flush is encrypted into one buffer, and an idle stream holds no buffer.
+
+use crate::buffers::Buffer;
+use mesh_core::{Failure, Reason};
+use rustls::{
+    ClientConfig, ServerConfig,
+    client::{ClientConnectionData, UnbufferedClientConnection},
+    pki_types::{CertificateDer, ServerName},
+    server::{ServerConnectionData, UnbufferedServerConnection},
+    unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus, WriteTraffic},
+};
+use std::{
+    collections::VecDeque,
+    error::Error,
+    fmt,
+    io::{self, IoSlice},
+    net::Ipv4Addr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// How long a handshake may take. Istio's proxy waits for ever, and so do those who flood it.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The plaintext of a full record, in bytes.
+const RECORD: usize = 16 * 1024;
+
+/// What encryption adds to a record, at most: header, type, tag.
+const OVERHEAD: usize = 5 + 1 + 16;
+
+enum Session {
+    Client(UnbufferedClientConnection),
+    Server(UnbufferedServerConnection),
+}
+
+/// A TLS connection.
+pub(crate) struct TlsStream {
+    io: TcpStream,
+    session: Session,
+    /// Received and not decrypted: `at..end` of the buffer.
+    incoming: Option<Buffer>,
+    at: usize,
+    end: usize,
+    /// Decrypted and not taken.
+    plain: VecDeque<Plain>,
+    /// Encrypted and not sent.
+    outgoing: Option<Buffer>,
+    sent: usize,
+    filled: usize,
+    /// What the handshake sends beyond a buffer.
+    peer_closed: bool,
+    close_sent: bool,
+}
+
+struct Plain {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+/// What became of one look at the session.
+enum Step {
+    /// Look again.
+    Again,
+    /// There is plaintext.
+    Plain,
+    /// Nothing without more from the peer, and no data may be sent yet.
+    Blocked,
+    /// Data may be sent.
+    Open,
+    /// The peer sends no more.
+    PeerClosed,
+}
+
+/// The handshake failed. In Istio's words, with ours behind them.
+#[derive(Debug)]
+pub enum HandshakeError {
+    /// The peer broke the rules of TLS, or is not who it should be.
+    Tls(rustls::Error),
+    /// The connection broke.
+    Io(io::Error),
+    /// It took too long.
+    Late,
+}
+
+impl fmt::Display for HandshakeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tls(error) => write!(f, "tls handshake error: {error}"),
+            Self::Io(error) => write!(f, "tls handshake error: {error}"),
+            Self::Late => write!(f, "tls handshake error: not done after {HANDSHAKE_TIMEOUT:?}"),
+        }
+    }
+}
+
+impl Error for HandshakeError {}
+
+impl HandshakeError {
+    /// The failure, where the peer is whom we connected to.
+    pub(crate) fn upstream(self) -> Failure {
+        match self {
+            Self::Tls(_) => Failure::upstream(Reason::Tls, self),
+            Self::Io(_) | Self::Late => Failure::upstream(Reason::Connect, self),
+        }
+    }
+
+    /// The failure, where the peer connected to us.
+    pub(crate) fn downstream(self) -> Failure {
+        Failure::downstream(Reason::Tls, self)
+    }
+}
+
+impl fmt::Debug for TlsStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsStream").field("io", &self.io).finish_non_exhaustive()
+    }
+}
+
+fn invalid(error: impl Error + Send + Sync + 'static) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+impl TlsStream {
+    /// Shakes hands as the client.
+    pub(crate) async fn connect(
+        io: TcpStream,
+        config: Arc<ClientConfig>,
+    ) -> Result<Self, HandshakeError> {
+        // The name is neither sent nor verified: identities are.
+        let name = ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let session = UnbufferedClientConnection::new(config, name).map_err(HandshakeError::Tls)?;
+        Self::shake(io, Session::Client(session)).await
+    }
+
+    /// Shakes hands as the server.
+    pub(crate) async fn accept(
+        io: TcpStream,
+        config: Arc<ServerConfig>,
+    ) -> Result<Self, HandshakeError> {
+        let session = UnbufferedServerConnection::new(config).map_err(HandshakeError::Tls)?;
+        Self::shake(io, Session::Server(session)).await
+    }
+
+    async fn shake(io: TcpStream, session: Session) -> Result<Self, HandshakeError> {
+        let mut this = Self {
+            io,
+            session,
+            incoming: None,
+            at: 0,
+            end: 0,
+            plain: VecDeque::new(),
+            outgoing: None,
+            sent: 0,
+            filled: 0,
+            peer_closed: false,
+            close_sent: false,
+        };
+        let shake = std::future::poll_fn(|cx| this.poll_shake(cx));
+        match timeout(HANDSHAKE_TIMEOUT, shake).await {
+            Ok(Ok(())) => Ok(this),
+            Ok(Err(error)) => Err(error),
+            Err(_elapsed) => Err(HandshakeError::Late),
+        }
+    }
+
+    fn poll_shake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HandshakeError>> {
+        loop {
+            match self.step(None) {
+                Ok(Step::Again) => {}
+                Ok(Step::Open | Step::Plain) => {
+                    return self.poll_send(cx).map_err(HandshakeError::Io);
+                }
+                Ok(Step::Blocked) => {
+                    ready!(self.poll_send(cx)).map_err(HandshakeError::Io)?;
+                    if !ready!(self.poll_receive(cx)).map_err(HandshakeError::Io)? {
+                        let eof = io::ErrorKind::UnexpectedEof.into();
+                        return Poll::Ready(Err(HandshakeError::Io(eof)));
+                    }
+                }
+                Ok(Step::PeerClosed) => {
+                    let eof = io::ErrorKind::UnexpectedEof.into();
+                    return Poll::Ready(Err(HandshakeError::Io(eof)));
+                }
+                Err(error) => {
+                    // The alert goes first; whether it arrives changes nothing.
+                    let _best_effort = self.step(None);
+                    let _best_effort = self.poll_send(cx);
+                    return Poll::Ready(Err(HandshakeError::Tls(error)));
+                }
+            }
+        }
+    }
+
+    /// The peer's certificates, its own first.
+    pub(crate) fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+        match &self.session {
+            Session::Client(session) => session.peer_certificates(),
+            Session::Server(session) => session.peer_certificates(),
+        }
+        .unwrap_or_default()
+    }
+
+    /// Has the session look at what was received; plaintext goes to `into` as far as it fits.
+    fn step(&mut self, into: Option<&mut ReadBuf<'_>>) -> Result<Step, rustls::Error> {
+        let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
+        let received = incoming
+            .as_mut()
+            .and_then(|buffer| buffer.bytes_mut().get_mut(*at..*end))
+            .unwrap_or_default();
+        let (discard, step) = match session {
+            Session::Client(session) => {
+                let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
+                (discard, state.map(|state| take(state, Taken { into, plain }, outgoing, filled)))
+            }
+            Session::Server(session) => {
+                let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
+                (discard, state.map(|state| take(state, Taken { into, plain }, outgoing, filled)))
+            }
+        };
+        *at += discard;
+        if at >= end {
+            (*at, *end) = (0, 0);
+            *incoming = None;
+        }
+        step
+    }
+
+    /// Receives what there is; false at the end of the stream.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        loop {
+            // First wait, then borrow.
+            ready!(self.io.poll_read_ready(cx))?;
+            let buffer = self.incoming.get_or_insert_with(Buffer::borrow);
+            if self.at > 0 {
+                // What is left is less than a record.
+                buffer.bytes_mut().copy_within(self.at..self.end, 0);
+                self.end -= self.at;
+                self.at = 0;
+            }
+            let room = buffer.bytes_mut().get_mut(self.end..).unwrap_or_default();
+            if room.is_empty() {
+                return Poll::Ready(Err(invalid(rustls::Error::General(
+                    "a record is longer than TLS allows".to_owned(),
+                ))));
+            }
+            match self.io.try_read(room) {
+                Ok(0) => return Poll::Ready(Ok(false)),
+                Ok(count) => {
+                    self.end += count;
+                    return Poll::Ready(Ok(true));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.end == 0 {
+                        self.incoming = None;
+                    }
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Sends what is encrypted, all of it.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(buffer) = &self.outgoing {
+            let rest = buffer.bytes().get(self.sent..self.filled).unwrap_or_default();
+            if rest.is_empty() {
+                self.outgoing = None;
+                (self.sent, self.filled) = (0, 0);
+                break;
+            }
+            match self.io.try_write(rest) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(count) => self.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.io.poll_write_ready(cx))?;
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Room for plaintext in the outgoing buffer, in bytes.
+    fn room(&self) -> usize {
+        let free = crate::buffers::SIZE - self.filled;
+        let records = free / (RECORD + OVERHEAD);
+        let rest = (free % (RECORD + OVERHEAD)).saturating_sub(OVERHEAD);
+        records * RECORD + rest
+    }
+
+    /// Encrypts into the outgoing buffer, which has room for it.
+    fn encrypt(&mut self, data: &[u8]) -> io::Result<()> {
+        while !self.open(|traffic, out| traffic.encrypt(data, out))? {}
+        Ok(())
+    }
+
+    /// Says that we send no more; where the session cannot, the end of the stream says less.
+    fn close_notify(&mut self) {
+        let _less = self.open(|traffic, out| traffic.close_notify(out));
+    }
+
+    /// Does something in the state in which data may be sent; false where something else came first.
+    fn open(
+        &mut self,
+        write: impl FnOnce(&mut Open<'_, '_>, &mut [u8]) -> Result<usize, EncryptError>,
+    ) -> io::Result<bool> {
+        let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
+        let received = incoming
+            .as_mut()
+            .and_then(|buffer| buffer.bytes_mut().get_mut(*at..*end))
+            .unwrap_or_default();
+        let mut done = false;
+        macro_rules! look {
+            ($session:expr, $open:path) => {{
+                let UnbufferedStatus { discard, state, .. } =
+                    $session.process_tls_records(received);
+                match state.map_err(invalid)? {
+                    ConnectionState::WriteTraffic(mut traffic) => {
+                        let out = outgoing.get_or_insert_with(Buffer::borrow);
+                        let out = out.bytes_mut().get_mut(*filled..).unwrap_or_default();
+                        *filled +=
+                            write(&mut $open(&mut traffic), out).map_err(io::Error::other)?;
+                        done = true;
+                    }
+                    state => {
+                        let _step = take(state, Taken { into: None, plain }, outgoing, filled);
+                    }
+                }
+                discard
+            }};
+        }
+        *at += match session {
+            Session::Client(session) => look!(session, Open::Client),
+            Session::Server(session) => look!(session, Open::Server),
+        };
+        if at >= end {
+            (*at, *end) = (0, 0);
+            *incoming = None;
+        }
+        Ok(done)
+    }
+}
+
+/// The state in which data may be sent, of either side.
+enum Open<'a, 'c> {
+    Client(&'a mut WriteTraffic<'c, ClientConnectionData>),
+    Server(&'a mut WriteTraffic<'c, ServerConnectionData>),
+}
+
+impl Open<'_, '_> {
+    fn encrypt(&mut self, data: &[u8], out: &mut [u8]) -> Result<usize, EncryptError> {
+        match self {
+            Self::Client(traffic) => traffic.encrypt(data, out),
+            Self::Server(traffic) => traffic.encrypt(data, out),
+        }
+    }
+
+    fn close_notify(&mut self, out: &mut [u8]) -> Result<usize, EncryptError> {
+        match self {
+            Self::Client(traffic) => traffic.queue_close_notify(out),
+            Self::Server(traffic) => traffic.queue_close_notify(out),
+        }
+    }
+}
+
+/// Where plaintext goes.
+struct Taken<'a, 'b> {
+    into: Option<&'a mut ReadBuf<'b>>,
+    plain: &'a mut VecDeque<Plain>,
+}
+
+impl Taken<'_, '_> {
+    fn put(&mut self, data: &[u8]) {
+        let direct = match &mut self.into {
+            Some(into) if self.plain.is_empty() => {
+                let (now, _) = data.split_at(data.len().min(into.remaining()));
+                into.put_slice(now);
+                now.len()
+            }
+            Some(_) | None => 0,
+        };
+        let rest = data.get(direct..).unwrap_or_default();
+        if !rest.is_empty() {
+            self.plain.push_back(Plain { bytes: rest.to_vec(), taken: 0 });
+        }
+    }
+}
+
+/// Does what the session asks for.
+fn take<Data>(
+    state: ConnectionState<'_, '_, Data>,
+    mut taken: Taken<'_, '_>,
+    outgoing: &mut Option<Buffer>,
+    filled: &mut usize,
+) -> Step {
+    match state {
+        ConnectionState::ReadTraffic(mut traffic) => {
+            while let Some(Ok(record)) = traffic.next_record() {
+                taken.put(record.payload);
+            }
+            Step::Plain
+        }
+        ConnectionState::EncodeTlsData(mut data) => {
+            let buffer = outgoing.get_or_insert_with(Buffer::borrow);
+            let out = buffer.bytes_mut().get_mut(*filled..).unwrap_or_default();
+            match data.encode(out) {
+                Ok(count) => *filled += count,
+                // A flight of a handshake is far smaller than a buffer; a session that says otherwise
+                // is stuck, and the handshake's deadline ends it.
+                Err(EncodeError::InsufficientSize(_) | EncodeError::AlreadyEncoded) => {}
+            }
+            Step::Again
+        }
+        ConnectionState::TransmitTlsData(data) => {
+            // It is in the outgoing buffer, before all that follows.
+            data.done();
+            Step::Again
+        }
+        ConnectionState::WriteTraffic(_) => Step::Open,
+        ConnectionState::PeerClosed | ConnectionState::Closed => Step::PeerClosed,
+        // Early data is never offered nor taken.
+        _ => Step::Blocked,
+    }
+}
+
+impl AsyncRead for TlsStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            while let Some(first) = this.plain.front_mut() {
+                let rest = first.bytes.get(first.taken..).unwrap_or_default();
+                let count = rest.len().min(into.remaining());
+                into.put_slice(rest.get(..count).unwrap_or_default());
+                first.taken += count;
+                if first.taken == first.bytes.len() {
+                    this.plain.pop_front();
+                }
+                if into.remaining() == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            if this.peer_closed {
+                return Poll::Ready(Ok(()));
+            }
+            if into.remaining() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            match this.step(Some(into)).map_err(invalid)? {
+                Step::Again | Step::Plain => continue,
+                Step::PeerClosed => {
+                    this.peer_closed = true;
+                    continue;
+                }
+                Step::Blocked | Step::Open => {}
+            }
+            if !into.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if !ready!(this.poll_receive(cx))? {
+                // Without close_notify this is a cut, and not an end.
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+    }
+}
+
+impl AsyncWrite for TlsStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(data)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        if this.room() < RECORD {
+            ready!(this.poll_send(cx))?;
+        }
+        let mut written = 0;
+        let mut slices = slices.iter().map(|slice| &**slice).filter(|slice| !slice.is_empty());
+        let mut rest: &[u8] = &[];
+        let mut small = Small::new();
+        loop {
+            if rest.is_empty() {
+                let Some(next) = slices.next() else { break };
+                rest = next;
+            }
+            let room = this.room().saturating_sub(small.len);
+            if room == 0 {
+                break;
+            }
+            // A frame's head would be a record of its own: it goes with what follows it.
+            if small.len > 0 || rest.len() < Small::LIMIT {
+                let (now, later) = rest.split_at(small.space().min(rest.len()).min(room));
+                small.put(now);
+                written += now.len();
+                rest = later;
+                if small.space() == 0 {
+                    this.encrypt(small.bytes())?;
+                    small.len = 0;
+                }
+            } else {
+                let (now, later) = rest.split_at(rest.len().min(room));
+                this.encrypt(now)?;
+                written += now.len();
+                rest = later;
+            }
+        }
+        if small.len > 0 {
+            this.encrypt(small.bytes())?;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_send(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        ready!(this.poll_send(cx))?;
+        if !this.close_sent {
+            this.close_sent = true;
+            this.close_notify();
+            ready!(this.poll_send(cx))?;
+        }
+        Pin::new(&mut this.io).poll_shutdown(cx)
+    }
+}
+
+/// The small beginnings of records, put together.
+struct Small {
+    bytes: [u8; Self::SIZE],
+    len: usize,
+}
+
+impl Small {
+    const SIZE: usize = 4096;
+    /// Slices shorter than this are worth copying.
+    const LIMIT: usize = 1024;
+
+    const fn new() -> Self {
+        Self { bytes: [0; Self::SIZE], len: 0 }
+    }
+
+    const fn space(&self) -> usize {
+        Self::SIZE - self.len
+    }
+
+    fn put(&mut self, data: &[u8]) {
+        if let Some(room) = self.bytes.get_mut(self.len..self.len + data.len()) {
+            room.copy_from_slice(data);
+            self.len += data.len();
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
