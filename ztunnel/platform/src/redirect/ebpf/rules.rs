@@ -1,0 +1,372 @@
+//! The rules and routes of `spec/capture.md` §1.1, in the namespace of the thread. All carry our protocol
+//! number. Nothing is ever deleted and written anew, so that a restart has no open moment.
+
+use super::netlink::Netlink;
+use crate::socket;
+use mesh_ebpf_common::{MARK, MARK_LEAVING, MARK_MASK};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::{
+    AddressFamily, IpProtocol, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+use nix::{ifaddrs::getifaddrs, net::if_::if_nameindex};
+use socket2::Domain;
+use std::{
+    io,
+    net::IpAddr,
+};
+
+/// Of all that we write: tells it from what others wrote.
+const PROTOCOL: u8 = 137;
+/// Ours.
+const TABLE: u8 = 100;
+/// Where our rules stand.
+const LEAVING: u32 = 97;
+const PROBES: u32 = 98;
+const ESCAPE: u32 = 99;
+const CAPTURE: u32 = 100;
+const CAPTURE_DNS: u32 = 101;
+const LANDING: u32 = 102;
+
+/// An interface.
+#[derive(Clone, Debug)]
+pub(super) struct Device {
+    pub(super) name: String,
+    pub(super) index: u32,
+}
+
+/// What the namespace has.
+#[derive(Clone, Debug)]
+pub(super) struct Surroundings {
+    /// All addresses but loopback ones.
+    pub(super) addresses: Vec<IpAddr>,
+    /// All devices but lo.
+    pub(super) devices: Vec<Device>,
+    lo: u32,
+}
+
+impl Surroundings {
+    /// Looks around.
+    pub(super) fn look() -> io::Result<Self> {
+        let mut addresses: Vec<IpAddr> = getifaddrs()?
+            .filter_map(|interface| {
+                let address = interface.address?;
+                let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
+                v4.or_else(|| address.as_sockaddr_in6().map(|address| address.ip().into()))
+            })
+            .filter(|ip| !ip.is_loopback())
+            .collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        let mut lo = mesh_ebpf_common::LOOPBACK_INDEX;
+        let mut devices = Vec::new();
+        for device in &if_nameindex()? {
+            let (name, index) = (device.name().to_string_lossy().into_owned(), device.index());
+            if name == "lo" {
+                lo = index;
+            } else {
+                devices.push(Device { name, index });
+            }
+        }
+        Ok(Self { addresses, devices, lo })
+    }
+
+    /// The source of a captured connection that did not choose one. Without it the kernel makes the source
+    /// of a local route the destination.
+    fn source(&self, family: AddressFamily) -> Option<IpAddr> {
+        let mut candidates = self.addresses.iter().copied();
+        candidates.find(|ip| match ip {
+            IpAddr::V4(ip) => family == AddressFamily::Inet && !ip.is_link_local(),
+            IpAddr::V6(ip) => family == AddressFamily::Inet6 && !ip.is_unicast_link_local(),
+        })
+    }
+}
+
+/// A way to the rules of one namespace.
+pub(super) struct Rules {
+    netlink: Netlink,
+    families: Vec<AddressFamily>,
+    /// Whether IPv6 can be routed here at this time.
+    v6: bool,
+}
+
+impl Rules {
+    /// In the namespace of the thread.
+    pub(super) fn open() -> io::Result<Self> {
+        let v6 = match socket::tcp(Domain::IPV6) {
+            Ok(_) => true,
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => false,
+            Err(error) => return Err(error),
+        };
+        let mut families = vec![AddressFamily::Inet];
+        families.extend(v6.then_some(AddressFamily::Inet6));
+        Ok(Self { netlink: Netlink::open()?, families, v6 })
+    }
+
+    /// Whether the rule that captures is there, and ours.
+    pub(super) fn capturing(&mut self) -> io::Result<bool> {
+        let rules = self.rules()?;
+        Ok(rules.iter().any(|rule| is_ours(rule) && priority(rule) == CAPTURE))
+    }
+
+    /// What lets probes and our own sockets past. Harmless at any time.
+    pub(super) fn escape(&mut self, probes: &[IpAddr]) -> io::Result<()> {
+        for family in self.families.clone() {
+            self.add(rule(family, LANDING, RuleAction::Nop))?;
+            for probe in probes.iter().filter(|probe| probe.is_ipv6() == (family == AddressFamily::Inet6)) {
+                let mut message = tcp_from_here(family, PROBES, RuleAction::Goto);
+                message.header.dst_len = if probe.is_ipv6() { 128 } else { 32 };
+                message.attributes.extend([RuleAttribute::Destination(*probe), RuleAttribute::Goto(LANDING)]);
+                self.add(message)?;
+            }
+            // Not `not fwmark` in the rule that captures: `not` inverts the whole rule.
+            let mut message = rule(family, ESCAPE, RuleAction::Goto);
+            message.attributes.extend(marked(MARK));
+            message.attributes.push(RuleAttribute::Goto(LANDING));
+            self.add(message)?;
+        }
+        Ok(())
+    }
+
+    /// Routes everything in our table to ourselves, from unbound sockets and from those bound to a device.
+    pub(super) fn routes(&mut self, here: &Surroundings) -> io::Result<()> {
+        for family in self.families.clone() {
+            let source = here.source(family);
+            let (lo, other) = if family == AddressFamily::Inet { (0, 10) } else { (1024, 2000) };
+            match self.route(family, here.lo, source, lo) {
+                Err(error) if family == AddressFamily::Inet6 && is_off(&error) => {
+                    self.v6 = false;
+                    continue;
+                }
+                result => result?,
+            }
+            self.v6 |= family == AddressFamily::Inet6;
+            for device in &here.devices {
+                // By index: a device keeps its metric whatever others come and go.
+                match self.route(family, device.index, source, other + device.index) {
+                    // A device that is down, or without this family, is no way out; its event comes.
+                    Err(error) if is_off(&error) => {
+                        tracing::debug!(%error, device = device.name, "no route over a device");
+                    }
+                    result => result?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn route(
+        &mut self,
+        family: AddressFamily,
+        device: u32,
+        source: Option<IpAddr>,
+        metric: u32,
+    ) -> io::Result<()> {
+        let mut message = RouteMessage::default();
+        message.header = RouteHeader {
+            address_family: family,
+            table: TABLE,
+            protocol: RouteProtocol::Other(PROTOCOL),
+            scope: RouteScope::Host,
+            kind: RouteType::Local,
+            ..RouteHeader::default()
+        };
+        message.attributes = vec![RouteAttribute::Oif(device), RouteAttribute::Priority(metric)];
+        let flags = NLM_F_CREATE | NLM_F_REPLACE;
+        if let Some(source) = source {
+            let mut sourced = message.clone();
+            sourced.attributes.push(RouteAttribute::PrefSource(source.into()));
+            match self.netlink.change(RouteNetlinkMessage::NewRoute(sourced), flags) {
+                // An IPv6 address that is still tentative; its event comes when it is not.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && source.is_ipv6() => (),
+                result => return result,
+            }
+        }
+        self.netlink.change(RouteNetlinkMessage::NewRoute(message), flags)
+    }
+
+    /// Begins capture. Where IPv6 is off, a stop for the day it is not.
+    pub(super) fn capture(&mut self) -> io::Result<()> {
+        for family in self.families.clone() {
+            if family == AddressFamily::Inet6 && !self.v6 {
+                self.add(tcp_from_here(family, CAPTURE, RuleAction::Prohibit))?;
+                continue;
+            }
+            self.add(to_table(tcp_from_here(family, CAPTURE, RuleAction::ToTable)))?;
+            self.delete(tcp_from_here(family, CAPTURE, RuleAction::Prohibit))?;
+        }
+        Ok(())
+    }
+
+    /// Connections that go on through the proxy keep our table by their mark.
+    pub(super) fn keep_leaving(&mut self) -> io::Result<()> {
+        for family in self.families.clone() {
+            let mut message = to_table(tcp_from_here(family, LEAVING, RuleAction::ToTable));
+            message.attributes.extend(marked(MARK_LEAVING));
+            self.add(message)?;
+        }
+        Ok(())
+    }
+
+    /// Ends capture of what is new.
+    pub(super) fn end_capture(&mut self) -> io::Result<()> {
+        for rule in self.rules()? {
+            if is_ours(&rule) && [CAPTURE, CAPTURE_DNS].contains(&priority(&rule)) {
+                self.delete(rule)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes away all that is ours.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        for rule in self.rules()?.into_iter().filter(is_ours) {
+            self.delete(rule)?;
+        }
+        for route in self.table()? {
+            if route.header.protocol == RouteProtocol::Other(PROTOCOL) {
+                gone(self.netlink.change(RouteNetlinkMessage::DelRoute(route), 0))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rules at our places and routes in our table that are not ours.
+    pub(super) fn foreign(&mut self) -> io::Result<Vec<String>> {
+        let mut found = Vec::new();
+        for rule in self.rules()?.iter().filter(|rule| !is_ours(rule)) {
+            let (priority, family) = (priority(rule), name(rule.header.family));
+            let ours = rule.header.action == RuleAction::ToTable && table_of_rule(rule) == u32::from(TABLE);
+            if (LEAVING..=LANDING).contains(&priority) || ours {
+                found.push(format!("an {family} rule of preference {priority} is not ours"));
+            }
+        }
+        for route in self.table()? {
+            if route.header.protocol != RouteProtocol::Other(PROTOCOL) {
+                let family = name(route.header.address_family);
+                found.push(format!("table {TABLE} has an {family} route that is not ours"));
+            }
+        }
+        Ok(found)
+    }
+
+    fn rules(&mut self) -> io::Result<Vec<RuleMessage>> {
+        let mut found = Vec::new();
+        for family in self.families.clone() {
+            let mut message = RuleMessage::default();
+            message.header.family = family;
+            let all = self.netlink.dump(RouteNetlinkMessage::GetRule(message))?;
+            found.extend(all.into_iter().filter_map(|message| match message {
+                RouteNetlinkMessage::NewRule(rule) => Some(rule),
+                _ => None,
+            }));
+        }
+        Ok(found)
+    }
+
+    /// The routes of our table.
+    fn table(&mut self) -> io::Result<Vec<RouteMessage>> {
+        let mut found = Vec::new();
+        for family in self.families.clone() {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let all = self.netlink.dump(RouteNetlinkMessage::GetRoute(message))?;
+            found.extend(all.into_iter().filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) => (table_of_route(&route) == u32::from(TABLE)).then_some(route),
+                _ => None,
+            }));
+        }
+        Ok(found)
+    }
+
+    fn add(&mut self, message: RuleMessage) -> io::Result<()> {
+        match self.netlink.change(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn delete(&mut self, message: RuleMessage) -> io::Result<()> {
+        gone(self.netlink.change(RouteNetlinkMessage::DelRule(message), 0))
+    }
+}
+
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) => Ok(()),
+        result => result,
+    }
+}
+
+/// What the kernel says of a device that is down, gone or without IPv6.
+fn is_off(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::ENODEV | libc::ENETDOWN | libc::ENXIO))
+}
+
+fn rule(family: AddressFamily, priority: u32, action: RuleAction) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.action = action;
+    message.attributes = vec![
+        RuleAttribute::Priority(priority),
+        RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+    ];
+    message
+}
+
+/// `iif lo`, too, keeps the rule out of the reverse path check of what arrives: a rule with a protocol that
+/// is not bound to lo makes IPv4 packets from outside martians.
+fn tcp_from_here(family: AddressFamily, priority: u32, action: RuleAction) -> RuleMessage {
+    let mut message = rule(family, priority, action);
+    message
+        .attributes
+        .extend([RuleAttribute::Iifname("lo".to_owned()), RuleAttribute::IpProtocol(IpProtocol::Tcp)]);
+    message
+}
+
+fn to_table(mut message: RuleMessage) -> RuleMessage {
+    message.header.table = TABLE;
+    message.attributes.push(RuleAttribute::Table(TABLE.into()));
+    message
+}
+
+fn marked(mark: u32) -> [RuleAttribute; 2] {
+    [RuleAttribute::FwMark(mark), RuleAttribute::FwMask(MARK_MASK)]
+}
+
+fn is_ours(rule: &RuleMessage) -> bool {
+    rule.attributes.contains(&RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)))
+}
+
+fn priority(rule: &RuleMessage) -> u32 {
+    let mut attributes = rule.attributes.iter();
+    attributes
+        .find_map(|attribute| match attribute {
+            RuleAttribute::Priority(priority) => Some(*priority),
+            _ => None,
+        })
+        .unwrap_or(0)
+}
+
+fn table_of_rule(rule: &RuleMessage) -> u32 {
+    let mut attributes = rule.attributes.iter();
+    let found = attributes.find_map(|attribute| match attribute {
+        RuleAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    found.unwrap_or(rule.header.table.into())
+}
+
+fn table_of_route(route: &RouteMessage) -> u32 {
+    let mut attributes = route.attributes.iter();
+    let found = attributes.find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    found.unwrap_or(route.header.table.into())
+}
+
+fn name(family: AddressFamily) -> &'static str {
+    if family == AddressFamily::Inet { "IPv4" } else { "IPv6" }
+}
