@@ -13,7 +13,8 @@ pub(super) fn reasons(rules: &mut Rules) -> io::Result<Vec<String>> {
     let mut found = rules.foreign()?;
     for (domain, list) in [(Domain::IPV4, "ip_tables_names"), (Domain::IPV6, "ip6_tables_names")] {
         // Only tables that exist: to ask for another one would create it.
-        let tables = std::fs::read_to_string(format!("/proc/thread-self/net/{list}")).unwrap_or_default();
+        let tables =
+            std::fs::read_to_string(format!("/proc/thread-self/net/{list}")).unwrap_or_default();
         for table in tables.lines() {
             // The table may go while we look.
             if let Some(chain) = legacy(domain, table).ok().and_then(|bytes| istio(&bytes)) {
@@ -30,7 +31,8 @@ pub(super) fn reasons(rules: &mut Rules) -> io::Result<Vec<String>> {
 
 /// The first name of Istio's in a dump, where names stand as they are.
 fn istio(bytes: &[u8]) -> Option<String> {
-    let start = NAMES.iter().find_map(|name| bytes.windows(name.len()).position(|part| part == *name))?;
+    let start =
+        NAMES.iter().find_map(|name| bytes.windows(name.len()).position(|part| part == *name))?;
     let rest = bytes.get(start..)?.iter();
     Some(rest.take_while(|byte| byte.is_ascii_graphic()).map(|byte| char::from(*byte)).collect())
 }
@@ -60,7 +62,8 @@ fn nftables() -> io::Result<Vec<u8>> {
             if END.contains(&u16::from_ne_bytes([e, f])) {
                 return Ok(all);
             }
-            let length = usize::try_from(u32::from_ne_bytes([a, b, c, d])).map_err(io::Error::other)?;
+            let length =
+                usize::try_from(u32::from_ne_bytes([a, b, c, d])).map_err(io::Error::other)?;
             let length = length.max(HEADER);
             all.extend(rest.get(..length).unwrap_or(rest));
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -77,9 +80,9 @@ fn legacy(domain: Domain, table: &str) -> io::Result<Vec<u8>> {
     let socket = socket2::Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
     // `ipt_getinfo`: the name, 32 bytes, and at its end the size of the entries.
     let mut info = [0; 84];
-    info.get_mut(..table.len().min(31)).ok_or_else(short)?.copy_from_slice(
-        table.as_bytes().get(..table.len().min(31)).ok_or_else(short)?,
-    );
+    info.get_mut(..table.len().min(31))
+        .ok_or_else(short)?
+        .copy_from_slice(table.as_bytes().get(..table.len().min(31)).ok_or_else(short)?);
     sys::socket_option(&socket, level, GET_INFO, &mut info)?;
     let size = *info.last_chunk::<4>().ok_or_else(short)?;
     let length = usize::try_from(u32::from_ne_bytes(size)).map_err(io::Error::other)?;

@@ -12,10 +12,7 @@ use netlink_packet_route::{
 };
 use nix::{ifaddrs::getifaddrs, net::if_::if_nameindex};
 use socket2::Domain;
-use std::{
-    io,
-    net::IpAddr,
-};
+use std::{io, net::IpAddr};
 
 /// Of all that we write: tells it from what others wrote.
 const PROTOCOL: u8 = 137;
@@ -114,10 +111,14 @@ impl Rules {
     pub(super) fn escape(&mut self, probes: &[IpAddr]) -> io::Result<()> {
         for family in self.families.clone() {
             self.add(rule(family, LANDING, RuleAction::Nop))?;
-            for probe in probes.iter().filter(|probe| probe.is_ipv6() == (family == AddressFamily::Inet6)) {
+            for probe in
+                probes.iter().filter(|probe| probe.is_ipv6() == (family == AddressFamily::Inet6))
+            {
                 let mut message = tcp_from_here(family, PROBES, RuleAction::Goto);
                 message.header.dst_len = if probe.is_ipv6() { 128 } else { 32 };
-                message.attributes.extend([RuleAttribute::Destination(*probe), RuleAttribute::Goto(LANDING)]);
+                message
+                    .attributes
+                    .extend([RuleAttribute::Destination(*probe), RuleAttribute::Goto(LANDING)]);
                 self.add(message)?;
             }
             // Not `not fwmark` in the rule that captures: `not` inverts the whole rule.
@@ -237,7 +238,8 @@ impl Rules {
         let mut found = Vec::new();
         for rule in self.rules()?.iter().filter(|rule| !is_ours(rule)) {
             let (priority, family) = (priority(rule), name(rule.header.family));
-            let ours = rule.header.action == RuleAction::ToTable && table_of_rule(rule) == u32::from(TABLE);
+            let ours = rule.header.action == RuleAction::ToTable
+                && table_of_rule(rule) == u32::from(TABLE);
             if (LEAVING..=LANDING).contains(&priority) || ours {
                 found.push(format!("an {family} rule of preference {priority} is not ours"));
             }
@@ -273,7 +275,9 @@ impl Rules {
             message.header.address_family = family;
             let all = self.netlink.dump(RouteNetlinkMessage::GetRoute(message))?;
             found.extend(all.into_iter().filter_map(|message| match message {
-                RouteNetlinkMessage::NewRoute(route) => (table_of_route(&route) == u32::from(TABLE)).then_some(route),
+                RouteNetlinkMessage::NewRoute(route) => {
+                    (table_of_route(&route) == u32::from(TABLE)).then_some(route)
+                }
                 _ => None,
             }));
         }
@@ -281,7 +285,8 @@ impl Rules {
     }
 
     fn add(&mut self, message: RuleMessage) -> io::Result<()> {
-        match self.netlink.change(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL) {
+        match self.netlink.change(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
+        {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             result => result,
         }
@@ -294,7 +299,11 @@ impl Rules {
 
 fn gone(result: io::Result<()>) -> io::Result<()> {
     match result {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) => Ok(()),
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV)) =>
+        {
+            Ok(())
+        }
         result => result,
     }
 }
@@ -319,9 +328,10 @@ fn rule(family: AddressFamily, priority: u32, action: RuleAction) -> RuleMessage
 /// is not bound to lo makes IPv4 packets from outside martians.
 fn tcp_from_here(family: AddressFamily, priority: u32, action: RuleAction) -> RuleMessage {
     let mut message = rule(family, priority, action);
-    message
-        .attributes
-        .extend([RuleAttribute::Iifname("lo".to_owned()), RuleAttribute::IpProtocol(IpProtocol::Tcp)]);
+    message.attributes.extend([
+        RuleAttribute::Iifname("lo".to_owned()),
+        RuleAttribute::IpProtocol(IpProtocol::Tcp),
+    ]);
     message
 }
 

@@ -35,6 +35,12 @@ fn pair(first: u32, second: u32) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
+/// The reverse.
+fn halves(word: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
+}
+
 /// Calls `bpf(2)`.
 ///
 /// # Safety
@@ -42,7 +48,8 @@ fn pair(first: u32, second: u32) -> u64 {
 /// Pointers in `attr` must fit what the command does.
 unsafe fn bpf(command: i32, attr: &mut [u64]) -> io::Result<i32> {
     // SAFETY: the attributes are ours and of this length; the caller answers for pointers in them.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) };
     if result < 0 { last() } else { i32::try_from(result).map_err(io::Error::other) }
 }
 
@@ -88,10 +95,6 @@ pub(super) fn attached(link: &OwnedFd) -> io::Result<Option<Attached>> {
     let mut words = [0_u64; 8];
     info(link, &mut words)?;
     let [kind, program, place, ..] = words;
-    let halves = |word: u64| {
-        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-        (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
-    };
     let ((kind, _), (program, _), (netns, attach)) = (halves(kind), halves(program), halves(place));
     Ok((kind == LINK_NETNS && attach == SK_LOOKUP).then_some(Attached { program, netns }))
 }
@@ -138,8 +141,9 @@ pub(super) fn sysctl(key: &str, value: &str) -> io::Result<()> {
     let mount = unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0) };
     let mount = owned(i32::try_from(mount).ok().filter(|fd| *fd >= 0).map_or_else(last, Ok)?);
     // SAFETY: a terminated string.
-    let file =
-        unsafe { libc::openat(mount.as_raw_fd(), relative.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    let file = unsafe {
+        libc::openat(mount.as_raw_fd(), relative.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC)
+    };
     if file < 0 {
         return last();
     }
@@ -156,7 +160,23 @@ pub(super) fn socket_option(
     let mut length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `length` bytes, which are `value`'s.
     let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut length,
+        )
     };
     if result == 0 { Ok(()) } else { last() }
+}
+
+/// The index of the device that a tcx link is on, 0 when it is gone; none if it is a link of another kind.
+pub(super) fn entrance(link: &OwnedFd) -> io::Result<Option<u32>> {
+    /// `BPF_LINK_TYPE_TCX`.
+    const TCX: u32 = 11;
+    let mut words = [0_u64; 8];
+    info(link, &mut words)?;
+    let [kind, _, place, ..] = words;
+    Ok((halves(kind).0 == TCX).then_some(halves(place).0))
 }

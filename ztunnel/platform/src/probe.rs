@@ -1,0 +1,91 @@
+//! What this machine lacks, said before anything fails for want of it.
+
+use crate::netns::Netns;
+use socket2::{Domain, Socket, Type};
+use std::{
+    fmt, io,
+    os::fd::{AsFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+/// Something that is missing, and what to do about it.
+#[derive(Debug)]
+pub struct Lack {
+    what: &'static str,
+    remedy: &'static str,
+    error: Option<io::Error>,
+}
+
+impl fmt::Display for Lack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        if let Some(error) = &self.error {
+            write!(f, " ({error})")?;
+        }
+        write!(f, ": {}", self.remedy)
+    }
+}
+
+/// Tries what serving pods needs, and what capturing them by eBPF needs besides.
+#[must_use]
+pub fn lacking(ebpf: bool) -> Vec<Lack> {
+    let mut found = Vec::new();
+    let mut lack = |what, remedy, outcome: io::Result<()>| {
+        if let Err(error) = outcome {
+            found.push(Lack { what, remedy, error: Some(error) });
+        }
+    };
+    lack(
+        "network namespaces cannot be entered",
+        "run as root with CAP_SYS_ADMIN, and with /proc mounted",
+        enter_own(),
+    );
+    lack(
+        "packets cannot be marked (SO_MARK)",
+        "run as root with CAP_NET_ADMIN (on some kernels CAP_NET_RAW)",
+        mark(),
+    );
+    if ebpf {
+        lack(
+            "eBPF programs cannot be loaded",
+            "run as root with CAP_SYS_ADMIN (or CAP_BPF) on a kernel of 5.9 or newer with CONFIG_BPF_SYSCALL",
+            bpf(),
+        );
+        if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+            found.push(Lack {
+                what: "the kernel has no BTF (/sys/kernel/btf/vmlinux)",
+                remedy: "use a kernel of 5.15 or newer with CONFIG_DEBUG_INFO_BTF, or CAPTURE=external",
+                error: None,
+            });
+        }
+    }
+    found
+}
+
+fn enter_own() -> io::Result<()> {
+    let own = Netns::current()?;
+    // Not from within, which would be no attempt at all.
+    nix::sched::setns(own.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)?;
+    Ok(())
+}
+
+fn mark() -> io::Result<()> {
+    Socket::new(Domain::IPV4, Type::STREAM, None)?.set_mark(mesh_ebpf_common::MARK)
+}
+
+/// An array of one number is the least that can be asked for.
+#[expect(unsafe_code, reason = "bpf(2) has no wrapper that takes so little")]
+fn bpf() -> io::Result<()> {
+    const MAP_CREATE: libc::c_int = 0;
+    const ARRAY: u32 = 2;
+    // map_type, key_size, value_size, max_entries.
+    let mut attributes: [u32; 4] = [ARRAY, 4, 4, 1];
+    // SAFETY: the kernel reads as many bytes as it is told, which are there, and makes a descriptor.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_bpf, MAP_CREATE, attributes.as_mut_ptr(), size_of_val(&attributes))
+    };
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the kernel has just made it for us, and nobody else knows it.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok(())
+}

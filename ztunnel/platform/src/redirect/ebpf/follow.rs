@@ -1,0 +1,103 @@
+//! Follows the addresses and devices of a pod.
+#![expect(unsafe_code, reason = "tokio wants a promise about the descriptor")]
+
+use super::{
+    Shared,
+    rules::{Rules, Surroundings},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use std::{
+    error::Error,
+    io,
+    sync::{Arc, PoisonError},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV6_IFADDR`.
+const GROUPS: u32 = 0x1 | 0x10 | 0x100;
+
+/// Waits for changes of a pod's namespace.
+pub(in crate::redirect) struct Follower {
+    socket: Socket,
+    shared: Arc<Shared>,
+}
+
+impl Follower {
+    pub(super) fn new(shared: Arc<Shared>) -> io::Result<Self> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind(&SocketAddr::new(0, GROUPS))?;
+            socket.set_non_blocking(true)?;
+            Ok::<_, io::Error>(socket)
+        };
+        let socket = shared.netns.run(open)??;
+        Ok(Self { socket, shared })
+    }
+
+    /// Never ends, unless the socket breaks.
+    pub(in crate::redirect) async fn run(self) {
+        let Self { socket, shared } = self;
+        // SAFETY: the socket owns its descriptor, and keeps it until it is dropped with the registration.
+        let events = match unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) } {
+            Ok(events) => events,
+            Err(error) => {
+                tracing::error!(%error, "a pod's addresses are not followed");
+                return;
+            }
+        };
+        loop {
+            // First without an event: something may have come before the subscription.
+            if let Err(error) = shared.refresh() {
+                tracing::warn!(error, "cannot follow a pod's addresses and devices");
+            }
+            match events.readable().await {
+                Ok(mut ready) => {
+                    while !matches!(
+                        ready.try_io(|socket| drain(socket.get_ref())),
+                        Err(_) | Ok(Err(_))
+                    ) {}
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a pod's addresses are no longer followed");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// What it says does not matter, only that it came. Too many at once (`ENOBUFS`) is an event as well.
+fn drain(socket: &Socket) -> io::Result<()> {
+    let mut room = [0_u8; 4096];
+    match socket.recv(&mut room.as_mut_slice(), libc::MSG_TRUNC) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+impl Shared {
+    /// Learns addresses and routes anew.
+    fn refresh(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.netns.run(|| {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if state.withdrawn {
+                return Ok(());
+            }
+            let here = Surroundings::look()?;
+            let mut rules = Rules::open()?;
+            if let Some(program) = &mut state.program {
+                program.learn(&here.addresses)?;
+                if self.ingress {
+                    program.guard(&here.devices)?;
+                }
+            }
+            rules.routes(&here)?;
+            // Where IPv6 came back its rule is a stop until now.
+            if rules.capturing()? {
+                rules.capture()?;
+            }
+            *self.own.write().unwrap_or_else(PoisonError::into_inner) = here.addresses;
+            Ok(())
+        })?
+    }
+}

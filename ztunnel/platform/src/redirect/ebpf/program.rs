@@ -1,0 +1,280 @@
+//! The kernel programs of one pod: loaded, or adopted from what an earlier process pinned.
+
+use super::{
+    CaptureError,
+    pins::{self, ENTRANCE, LINK},
+    rules::{Device, Surroundings},
+    sys,
+};
+use crate::{netns::Netns, redirect::Listeners};
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, SockMap},
+    programs::{
+        Iter, LinkOrder, SchedClassifier, SkLookup, TcAttachType,
+        links::FdLink,
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
+};
+use mesh_ebpf_common::{LAYOUT_VERSION, cfg, flag, marking, slot};
+use std::{
+    collections::HashSet,
+    error::Error,
+    fmt,
+    io::Read,
+    net::IpAddr,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+/// Built by `ebpf/build` and committed.
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../../ebpf/programs.o");
+
+type Fault = Box<dyn Error + Send + Sync>;
+type Key = [u32; 4];
+
+/// The maps of one pod's programs, and the links that nothing else holds.
+pub(super) struct Program {
+    socks: SockMap<MapData>,
+    self_ips: HashMap<MapData, Key, u8>,
+    probe_ips: HashMap<MapData, Key, u8>,
+    cfg: Array<MapData, u32>,
+    links: Vec<FdLink>,
+    /// Devices whose entrance has `mark_in`.
+    entrances: HashSet<u32>,
+    folder: Option<PathBuf>,
+}
+
+impl fmt::Debug for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program").field("folder", &self.folder).finish_non_exhaustive()
+    }
+}
+
+/// What is put into the maps.
+pub(super) struct Contents<'a> {
+    pub(super) listeners: &'a Listeners,
+    pub(super) here: &'a Surroundings,
+    pub(super) probes: &'a [IpAddr],
+    pub(super) ingress: bool,
+    pub(super) generation: u32,
+}
+
+/// In the layout of [`mesh_ebpf_common::Address`].
+fn key(ip: IpAddr) -> Key {
+    let octets = match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    let (words, _) = octets.as_chunks::<4>();
+    let mut key = [0; 4];
+    for (word, bytes) in key.iter_mut().zip(words) {
+        *word = u32::from_ne_bytes(*bytes);
+    }
+    key
+}
+
+fn load() -> Result<Ebpf, Fault> {
+    // The kernel's BTF is for relocations only, which the programs have none of; to parse it takes long.
+    Ok(EbpfLoader::new().btf(None).load(OBJECT)?)
+}
+
+fn missing(name: &str) -> Fault {
+    format!("the object has no {name}").into()
+}
+
+impl Program {
+    /// What is pinned in `folder`, if it is alive, in this namespace, and laid out as we know it.
+    pub(super) fn adopt(folder: &Path, netns: &Netns) -> Result<Self, Fault> {
+        let link = sys::pinned(&folder.join(LINK))?;
+        let attached = sys::attached(&link)?.ok_or("what is pinned is not its link")?;
+        if attached.netns == 0 {
+            return Err("its namespace is gone".into());
+        }
+        if u64::from(attached.netns) != netns.id().ino {
+            return Err("it is attached to another namespace".into());
+        }
+        let map = |name: &str| MapData::from_pin(folder.join(name));
+        let cfg = Array::try_from(Map::Array(map("cfg")?))?;
+        let layout = cfg.get(&cfg::LAYOUT, 0)?;
+        if layout != LAYOUT_VERSION {
+            return Err(format!("its layout is {layout}, ours is {LAYOUT_VERSION}").into());
+        }
+        let socks = map("socks")?;
+        if !sys::maps_of(attached.program)?.contains(&socks.info()?.id()) {
+            return Err("the pinned sockets are not the program's".into());
+        }
+        let entrances =
+            pins::links(folder).into_iter().filter_map(|link| sys::entrance(&link).ok().flatten());
+        Ok(Self {
+            socks: Map::SockMap(socks).try_into()?,
+            self_ips: Map::HashMap(map("self_ips")?).try_into()?,
+            probe_ips: Map::HashMap(map("probe_ips")?).try_into()?,
+            cfg,
+            links: Vec::new(),
+            entrances: entrances.filter(|index| *index != 0).collect(),
+            folder: Some(folder.to_owned()),
+        })
+    }
+
+    /// Loads the program, fills its maps, attaches it, and only then detaches what was pinned before: while
+    /// both are attached the first that selects a socket wins, so that there is no moment without.
+    pub(super) fn attach(
+        folder: Option<&Path>,
+        netns: &Netns,
+        contents: &Contents<'_>,
+    ) -> Result<Self, CaptureError> {
+        let old = folder.map(pins::links).unwrap_or_default();
+        let new = folder
+            .map(pins::begin)
+            .transpose()
+            .map_err(CaptureError::kernel("make room for pins"))?;
+        let mut object = load().map_err(CaptureError::kernel("load the programs"))?;
+        let mut program = Self::take(&mut object, new.as_deref())
+            .map_err(CaptureError::kernel("set up the maps"))?;
+        program.fill(contents)?;
+        let link =
+            Self::steer(&mut object, netns).map_err(CaptureError::kernel("attach the program"))?;
+        program
+            .hold(link, new.as_deref(), LINK)
+            .map_err(CaptureError::kernel("pin the program"))?;
+        for link in old {
+            if let Err(error) = sys::detach(&link) {
+                tracing::debug!(%error, "an earlier link was detached already");
+            }
+        }
+        if let Some(folder) = folder {
+            pins::complete(folder).map_err(CaptureError::kernel("complete the pins"))?;
+            program.folder = Some(folder.to_owned());
+        }
+        Ok(program)
+    }
+
+    fn take(object: &mut Ebpf, new: Option<&Path>) -> Result<Self, Fault> {
+        let mut map = |name: &str| -> Result<Map, Fault> {
+            let map = object.take_map(name).ok_or_else(|| missing(name))?;
+            if let Some(new) = new {
+                map.pin(new.join(name.to_lowercase()))?;
+            }
+            Ok(map)
+        };
+        let mut cfg: Array<MapData, u32> = map("CFG")?.try_into()?;
+        cfg.set(cfg::LAYOUT, LAYOUT_VERSION, 0)?;
+        let program = Self {
+            socks: map("SOCKS")?.try_into()?,
+            self_ips: map("SELF_IPS")?.try_into()?,
+            probe_ips: map("PROBE_IPS")?.try_into()?,
+            cfg,
+            links: Vec::new(),
+            entrances: HashSet::new(),
+            folder: None,
+        };
+        // Nobody here reads the counters; the pin is for tools. The program is not loaded yet, so that the
+        // map must stay open.
+        let counters = object.map("STATS").ok_or_else(|| missing("STATS"))?;
+        if let Some(new) = new {
+            counters.pin(new.join("stats"))?;
+        }
+        Ok(program)
+    }
+
+    fn steer(object: &mut Ebpf, netns: &Netns) -> Result<FdLink, Fault> {
+        let program = object.program_mut("steer").ok_or_else(|| missing("steer"))?;
+        let program: &mut SkLookup = program.try_into()?;
+        program.load()?;
+        let id = program.attach(netns.as_fd())?;
+        Ok(program.take_link(id)?.into())
+    }
+
+    fn hold(&mut self, link: FdLink, folder: Option<&Path>, name: &str) -> Result<(), Fault> {
+        self.links.push(match folder {
+            Some(folder) => link.pin(folder.join(name))?.into(),
+            None => link,
+        });
+        Ok(())
+    }
+
+    /// The generation of whoever is in the slots.
+    pub(super) fn generation(&self) -> u32 {
+        self.cfg.get(&cfg::GENERATION, 0).unwrap_or(0)
+    }
+
+    /// Puts all of it into the maps. Each swap of a listener is atomic. The generation is last: it tells the
+    /// process before that none of its listeners gets anything new.
+    pub(super) fn fill(&mut self, contents: &Contents<'_>) -> Result<(), CaptureError> {
+        self.fill_maps(contents).map_err(CaptureError::kernel("fill the maps"))
+    }
+
+    fn fill_maps(&mut self, contents: &Contents<'_>) -> Result<(), Fault> {
+        replace(&mut self.self_ips, &contents.here.addresses)?;
+        replace(&mut self.probe_ips, contents.probes)?;
+        let flags = if contents.ingress { flag::BYPASS_INBOUND } else { 0 };
+        self.cfg.set(cfg::FLAGS, flags, 0)?;
+        let Listeners { outbound, inbound, hbone } = contents.listeners;
+        self.socks.set(slot::OUTBOUND, outbound, 0)?;
+        self.socks.set(slot::INBOUND, inbound, 0)?;
+        self.socks.set(slot::HBONE, hbone, 0)?;
+        self.cfg.set(cfg::GENERATION, contents.generation, 0)?;
+        Ok(())
+    }
+
+    /// Learns the pod's addresses anew.
+    pub(super) fn learn(&mut self, addresses: &[IpAddr]) -> Result<(), Fault> {
+        replace(&mut self.self_ips, addresses)
+    }
+
+    /// Marks what arrives by these devices. In the namespace of the thread.
+    pub(super) fn guard(&mut self, devices: &[Device]) -> Result<(), Fault> {
+        self.entrances.retain(|index| devices.iter().any(|device| device.index == *index));
+        if devices.iter().all(|device| self.entrances.contains(&device.index)) {
+            return Ok(());
+        }
+        let mut object = load()?;
+        let program = object.program_mut("mark_in").ok_or_else(|| missing("mark_in"))?;
+        let program: &mut SchedClassifier = program.try_into()?;
+        program.load()?;
+        for device in devices {
+            if self.entrances.contains(&device.index) {
+                continue;
+            }
+            let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+            let id = program.attach_with_options(&device.name, TcAttachType::Ingress, options)?;
+            let link: SchedClassifierLink = program.take_link(id)?;
+            let name = format!("{ENTRANCE}{}", device.index);
+            let folder = self.folder.clone();
+            self.hold(link.try_into()?, folder.as_deref(), &name)?;
+            self.entrances.insert(device.index);
+        }
+        Ok(())
+    }
+}
+
+/// Makes the map hold these addresses: what is new first, then away with what is gone.
+fn replace(map: &mut HashMap<MapData, Key, u8>, addresses: &[IpAddr]) -> Result<(), Fault> {
+    let wanted: HashSet<Key> = addresses.iter().copied().map(key).collect();
+    for key in &wanted {
+        map.insert(key, 1, 0)?;
+    }
+    let gone: Vec<Key> =
+        map.keys().filter_map(Result::ok).filter(|key| !wanted.contains(key)).collect();
+    for key in gone {
+        map.remove(&key)?;
+    }
+    Ok(())
+}
+
+/// Sets the mark on every socket of the namespace of the thread that neither listens nor has one. Returns how
+/// many there were.
+pub(super) fn mark_existing(btf: &Btf, mark: u32) -> Result<u32, Fault> {
+    let mut object = load()?;
+    let map = object.take_map("MARKING").ok_or_else(|| missing("MARKING"))?;
+    let mut map: Array<MapData, u32> = map.try_into()?;
+    map.set(marking::MARK, mark, 0)?;
+    let program = object.program_mut("mark_existing").ok_or_else(|| missing("mark_existing"))?;
+    let program: &mut Iter = program.try_into()?;
+    program.load("tcp", btf)?;
+    let id = program.attach()?;
+    // The iterator visits the namespace in which it is opened.
+    program.take_link(id)?.into_file()?.read_to_end(&mut Vec::new())?;
+    Ok(map.get(&marking::MARKED, 0)?)
+}
