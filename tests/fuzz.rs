@@ -20,10 +20,17 @@ struct Target {
 }
 
 const TARGETS: &[Target] = &[
+    Target { name: "authority", check: mesh_hbone::fuzz::authority, words: HEADERS },
+    Target { name: "baggage", check: mesh_hbone::fuzz::baggage, words: HEADERS },
+    Target { name: "forwarded", check: mesh_hbone::fuzz::forwarded, words: HEADERS },
+    Target { name: "trace_parent", check: mesh_hbone::fuzz::trace_parent, words: HEADERS },
     Target { name: "peer_certificate", check: mesh_identity::fuzz::peer_certificate, words: WORDS },
     Target { name: "revocation_lists", check: mesh_identity::fuzz::revocation_lists, words: &[] },
     Target { name: "alert", check: mesh_identity::fuzz::alert, words: &[] },
 ];
+
+const HEADERS: &[&str] =
+    &[",", "=", ";", "\"", "host=", "for=", "k8s.", "service.name", "[::1]:80", "00-"];
 
 const WORDS: &[&str] = &["spiffe://", "/ns/", "/sa/", "cluster.local"];
 
