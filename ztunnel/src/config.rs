@@ -2,31 +2,362 @@
 
 pub mod keys;
 
-use crate::{inbound::InboundConfig, outbound::PlanConfig};
-use mesh_platform::RedirectConfig;
-use mesh_runtime::config::{ConfigErrors, Reader, Source};
+use crate::pod::DataPath;
+use mesh_core::{Namespace, NetworkId, ServiceAccount, Text};
+use mesh_platform::redirect::{
+    EbpfSettings, ExternalSettings, Keepalive, OriginalSource, SocketOptions,
+};
+use mesh_runtime::{
+    config::{Amount, ConfigErrors, FromYaml, Invalid, Key, Reader, Source},
+    log::{Filter, Shape},
+};
+use mesh_state::PodInfo;
 use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
 
-/// Ports of ours that a connection must not be sent to: it would come back.
-const OWN_PORTS: [u16; 3] = [15008, 15006, 15001];
+/// Where Istio keeps the mesh's config in its images.
+const MESH_CONFIG: &str = "./etc/istio/config/mesh";
 
 /// What the process was told.
 #[derive(Debug)]
 pub struct Config {
-    /// The data path of every pod.
-    pub data_path: DataPath,
     /// Who we are.
     pub node: Node,
+    /// The data path of every pod.
+    pub data_path: DataPath,
     /// Who redirects the pods' traffic, and how sockets are made.
-    pub redirect: RedirectConfig,
+    pub capture: Capture,
     /// Where workloads, services and policies come from.
     pub resources: Resources,
     /// Who signs certificates.
     pub authority: Authority,
-    /// The CNI agent's socket; `None` in dedicated mode.
-    pub agent: Option<PathBuf>,
-    /// The workload of dedicated mode.
-    pub dedicated: Option<mesh_state::PodInfo>,
+    /// Which pods are served.
+    pub pods: Pods,
     /// The process itself.
     pub process: Process,
+}
+
+/// Who we are.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The node; workloads on it are local.
+    pub name: Text,
+    /// The cluster.
+    pub cluster: Text,
+    /// The release, for `istio_build`.
+    pub version: String,
+}
+
+/// Who redirects the pods' traffic.
+#[derive(Clone, Debug)]
+pub enum Capture {
+    /// Somebody else.
+    External(ExternalSettings),
+    /// We do.
+    Ebpf(EbpfSettings),
+}
+
+/// Where workloads, services and policies come from.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Resources {
+    /// A file, read again when it changes.
+    File(PathBuf),
+    /// Text in a setting.
+    Inline(String),
+    /// Nowhere.
+    Nothing,
+}
+
+/// Who signs certificates.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Authority {
+    /// A CA in a folder. For labs.
+    Local {
+        /// The folder.
+        folder: PathBuf,
+        /// The validity of what it signs.
+        ttl: Duration,
+    },
+    /// Nobody: every tunnel fails, with that reason.
+    Nobody,
+}
+
+/// Which pods are served.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Pods {
+    /// Those that the CNI agent behind this socket names.
+    Shared(PathBuf),
+    /// One, whose network namespace is ours.
+    Dedicated(PodInfo),
+}
+
+/// The process itself.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Worker threads.
+    pub workers: NonZeroUsize,
+    /// How long a shutdown waits for connections.
+    pub drain: Duration,
+    /// The admin port, on loopback.
+    pub admin_port: u16,
+    /// The metrics port.
+    pub stats_port: u16,
+    /// Whether our own listeners are dual-stack.
+    pub ipv6: bool,
+    /// What is logged.
+    pub filter: Filter,
+    /// The shape of log lines.
+    pub shape: Shape,
+}
+
+/// Reads everything.
+///
+/// # Errors
+///
+/// Returns all faults together.
+pub fn load(environment: &dyn Source) -> Result<Config, ConfigErrors> {
+    let mut faults = Vec::new();
+    let mesh = mesh_config(&mut faults);
+    let proxy = proxy_config(environment, &mut faults);
+    let layers = mesh_runtime::config::Layers::new().then(environment).then(&proxy).then(&mesh);
+    let mut reader = Reader::new(&layers);
+    reader.extend(faults);
+    let config = read(&mut reader);
+    reader.finish()?;
+    Ok(config)
+}
+
+fn mesh_config(faults: &mut Vec<Invalid>) -> FromYaml {
+    // A file that is not there is none.
+    let Ok(text) = std::fs::read_to_string(MESH_CONFIG) else { return FromYaml::default() };
+    FromYaml::mesh_config(&text).unwrap_or_else(|error| {
+        faults.push(Invalid {
+            name: MESH_CONFIG.to_owned(),
+            value: String::new(),
+            advice: format!("mend the file: {error}"),
+        });
+        FromYaml::default()
+    })
+}
+
+fn proxy_config(environment: &dyn Source, faults: &mut Vec<Invalid>) -> FromYaml {
+    let text = environment.get("PROXY_CONFIG").unwrap_or_default();
+    FromYaml::proxy_config(&text).unwrap_or_else(|error| {
+        faults.push(Invalid {
+            name: "PROXY_CONFIG".to_owned(),
+            value: String::new(),
+            advice: format!("write a ProxyConfig in YAML: {error}"),
+        });
+        FromYaml::default()
+    })
+}
+
+fn read(reader: &mut Reader<'_>) -> Config {
+    let node = node(reader);
+    let authority = authority(reader);
+    let resources = resources(reader);
+    let pods = pods(reader);
+    let capture = capture(reader, &pods);
+    let process = process(reader);
+    let data_path = data_path(reader, &capture);
+    Config { node, data_path, capture, resources, authority, pods, process }
+}
+
+fn name<T: std::str::FromStr>(reader: &mut Reader<'_>, key: &Key, fallback: T) -> T {
+    let text = reader.text(key);
+    text.parse().unwrap_or_else(|_invalid| {
+        reader.invalid(key, "write a name of Kubernetes");
+        fallback
+    })
+}
+
+fn node(reader: &mut Reader<'_>) -> Node {
+    let meta = reader.text(&keys::ISTIO_META_CLUSTER_ID);
+    let cluster = if meta.is_empty() { reader.text(&keys::CLUSTER_ID) } else { meta };
+    Node {
+        name: name(reader, &keys::NODE_NAME, Text::default()),
+        cluster: cluster.parse().unwrap_or_default(),
+        version: reader.text(&keys::ISTIO_META_ISTIO_VERSION),
+    }
+}
+
+fn optional_path(reader: &mut Reader<'_>, key: &Key) -> Option<PathBuf> {
+    reader.optional_text(key).filter(|text| !text.is_empty()).map(PathBuf::from)
+}
+
+fn resources(reader: &mut Reader<'_>) -> Resources {
+    let file = optional_path(reader, &keys::LOCAL_XDS_PATH);
+    let inline = reader.optional_text(&keys::LOCAL_XDS).filter(|text| !text.is_empty());
+    match (file, inline) {
+        (Some(_), Some(_)) => {
+            reader.invalid(&keys::LOCAL_XDS, "unset it, or LOCAL_XDS_PATH: one source at a time");
+            Resources::Nothing
+        }
+        (Some(file), None) => Resources::File(file),
+        (None, Some(inline)) => Resources::Inline(inline),
+        (None, None) => Resources::Nothing,
+    }
+}
+
+fn authority(reader: &mut Reader<'_>) -> Authority {
+    let ttl = reader.duration(&keys::SECRET_TTL);
+    let explicit = reader.source().get(keys::CA_ADDRESS.name).is_some_and(|text| !text.is_empty());
+    match optional_path(reader, &keys::LOCAL_CA_DIR) {
+        Some(_) if explicit => {
+            reader.invalid(&keys::LOCAL_CA_DIR, "unset it, or CA_ADDRESS: one CA signs, not two");
+            Authority::Nobody
+        }
+        Some(folder) => Authority::Local { folder, ttl },
+        None => Authority::Nobody,
+    }
+}
+
+fn pods(reader: &mut Reader<'_>) -> Pods {
+    let agent = PathBuf::from(reader.text(&keys::INPOD_UDS));
+    let choices = [("shared", false), ("dedicated", true)];
+    if !reader.choice(&keys::PROXY_MODE, &choices).unwrap_or_default() {
+        return Pods::Shared(agent);
+    }
+    let text = reader.text(&keys::PROXY_WORKLOAD_INFO);
+    let parse = || {
+        let mut parts = text.split('/');
+        let namespace = parts.next()?.parse::<Namespace>().ok()?;
+        let name = parts.next()?.parse::<Text>().ok()?;
+        let service_account = parts.next()?.parse::<ServiceAccount>().ok()?;
+        parts.next().is_none().then_some(PodInfo { name, namespace, service_account })
+    };
+    parse().map_or_else(
+        || {
+            reader.invalid(
+                &keys::PROXY_WORKLOAD_INFO,
+                "write namespace/name/serviceaccount: dedicated mode serves that workload",
+            );
+            Pods::Shared(agent)
+        },
+        Pods::Dedicated,
+    )
+}
+
+fn capture(reader: &mut Reader<'_>, pods: &Pods) -> Capture {
+    let keepalive = Keepalive {
+        time: reader.duration(&keys::KEEPALIVE_TIME),
+        interval: reader.duration(&keys::KEEPALIVE_INTERVAL),
+        retries: u32::try_from(reader.count(&keys::KEEPALIVE_RETRIES)).unwrap_or(u32::MAX),
+    };
+    let options = SocketOptions {
+        keepalive: reader.toggle(&keys::KEEPALIVE_ENABLED).then_some(keepalive),
+        user_timeout: reader.toggle(&keys::USER_TIMEOUT_ENABLED),
+    };
+    let pins = PathBuf::from(reader.text(&keys::CAPTURE_PIN_DIR));
+    let original_source = match reader.optional_toggle(&keys::ENABLE_ORIG_SRC) {
+        None => OriginalSource::BestEffort,
+        Some(true) => OriginalSource::Required,
+        Some(false) => OriginalSource::Never,
+    };
+    let shared = matches!(pods, Pods::Shared(_));
+    let told = reader.source().get(keys::PACKET_MARK.name).is_some();
+    let mark = reader.optional_count(&keys::PACKET_MARK).and_then(|mark| u32::try_from(mark).ok());
+    let external = ExternalSettings {
+        options,
+        ipv6: reader.toggle(&keys::IPV6_ENABLED),
+        port_reuse: reader.toggle(&keys::INPOD_PORT_REUSE),
+        original_source,
+        mark: mark.filter(|_| shared || told),
+    };
+    let choices = [("external", false), ("ebpf", true)];
+    if reader.choice(&keys::CAPTURE, &choices).unwrap_or_default() {
+        if !shared {
+            reader.invalid(&keys::CAPTURE, "unset it: in dedicated mode nothing is captured by us");
+        }
+        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), ..EbpfSettings::default() })
+    } else {
+        Capture::External(external)
+    }
+}
+
+fn process(reader: &mut Reader<'_>) -> Process {
+    let filter = reader.text(&keys::RUST_LOG).parse().unwrap_or_else(|_invalid| {
+        reader.invalid(&keys::RUST_LOG, "write levels such as info or info,access=debug");
+        Filter::default()
+    });
+    let shapes = [("plain", Shape::Plain), ("json", Shape::Json)];
+    Process {
+        workers: workers(reader),
+        drain: drain(reader),
+        admin_port: port(reader, &keys::PROXY_ADMIN_PORT, "proxyAdminPort"),
+        stats_port: port(reader, &keys::STATS_PORT, "statsPort"),
+        ipv6: reader.toggle(&keys::IPV6_ENABLED),
+        filter,
+        shape: reader.choice(&keys::LOG_FORMAT, &shapes).unwrap_or(Shape::Plain),
+    }
+}
+
+/// The environment's name, or the one of Istio's `ProxyConfig`.
+fn port(reader: &mut Reader<'_>, key: &Key, name: &'static str) -> u16 {
+    let in_yaml = Key { name, ..*key };
+    if reader.source().get(key.name).is_none() && reader.source().get(name).is_some() {
+        reader.port(&in_yaml)
+    } else {
+        reader.port(key)
+    }
+}
+
+/// Istio's rule: 5 s less than the grace period, 1 s less if it is 10 s or shorter, at least 1 s.
+fn drain(reader: &mut Reader<'_>) -> Duration {
+    let explicit = reader.optional_duration(&keys::CONNECTION_TERMINATION_DEADLINE);
+    let grace = reader.optional_count(&keys::TERMINATION_GRACE_PERIOD_SECONDS);
+    explicit.unwrap_or_else(|| {
+        let seconds = grace.map_or(5, |n| if n > 10 { n - 5 } else { n.saturating_sub(1).max(1) });
+        Duration::from_secs(seconds)
+    })
+}
+
+/// Istio's rule: what is asked for, else by the CPU limit and request, else a quarter of the cores,
+/// at least 2.
+fn workers(reader: &mut Reader<'_>) -> NonZeroUsize {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let asked = reader.percent_or_count(&keys::ZTUNNEL_WORKER_THREADS).map(|n: Amount| n.of(cores));
+    let old = reader.cpu_quantity(&keys::ZTUNNEL_CPU_LIMIT);
+    let limit = reader.cpu_quantity(&keys::ZTUNNEL_RESOURCE_CPU_LIMIT).or(old);
+    let request = reader.cpu_quantity(&keys::ZTUNNEL_RESOURCE_CPU_REQUEST);
+    let count = asked.unwrap_or_else(|| match limit {
+        Some(limit) => limit.max(request.unwrap_or(0)),
+        None => cores.div_ceil(4).max(request.unwrap_or(0)).max(2),
+    });
+    usize::try_from(count).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN)
+}
+
+fn data_path(reader: &mut Reader<'_>, capture: &Capture) -> DataPath {
+    let network = name(reader, &keys::NETWORK, NetworkId::default());
+    let hbone = hbone(reader);
+    DataPath {
+        hbone,
+        plan: crate::outbound::PlanConfig::new(network.clone()),
+        network,
+        response_baggage: reader.toggle(&keys::ENABLE_RESPONSE_BAGGAGE),
+        localhost_tunnel: reader.toggle(&keys::LOCALHOST_APP_TUNNEL),
+        // Whose open connections go on after a pod has left the mesh: with rules of somebody else's
+        // they cannot, because those are gone by then.
+        farewell: match capture {
+            Capture::External(_) => Duration::ZERO,
+            Capture::Ebpf(_) => Duration::from_secs(60 * 60),
+        },
+    }
+}
+
+fn hbone(reader: &mut Reader<'_>) -> mesh_hbone::Settings {
+    let mut settings = mesh_hbone::Settings::default();
+    let mut set = |key: &Key, field: &mut u32| {
+        if let Some(value) = reader.optional_count(key) {
+            match u32::try_from(value) {
+                Ok(value) => *field = value,
+                Err(_) => reader.invalid(key, "write less than 4Gi"),
+            }
+        }
+    };
+    set(&keys::HTTP2_STREAM_WINDOW_SIZE, &mut settings.stream_window);
+    set(&keys::HTTP2_CONNECTION_WINDOW_SIZE, &mut settings.connection_window);
+    set(&keys::HTTP2_FRAME_SIZE, &mut settings.frame_size);
+    set(&keys::POOL_MAX_STREAMS_PER_CONNECTION, &mut settings.pool_streams);
+    settings.pool_idle = reader.duration(&keys::POOL_UNUSED_RELEASE_TIMEOUT);
+    settings
 }

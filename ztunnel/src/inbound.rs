@@ -3,10 +3,10 @@
 pub mod plaintext;
 mod resolve;
 
-pub use resolve::{Refusal, Target, resolve};
+pub use resolve::{Ask, Refusal, Target, resolve};
 
 use crate::{
-    connections::{Carrier, Direction, Live},
+    connections::{Carrier, Direction, Listed, Live},
     outbound::{CONNECT_TIMEOUT, baggage},
     pod::{Pod, Refused},
     policy_watch::{Facts, PolicyWatch},
@@ -14,7 +14,7 @@ use crate::{
 };
 use mesh_core::{Failure, NetworkAddress, Reason, SpiffeId, Workload};
 use mesh_hbone::{
-    Duplex, Meter, ResponseHead, Tcp, TunnelRequest, relay,
+    Duplex, Meter, ResponseHead, Stream, Tcp, TunnelRequest, proxy_protocol, relay,
     server::{self, Incoming},
 };
 use mesh_identity::verify::peer_identity;
@@ -49,11 +49,11 @@ pub(crate) fn accepted(pod: &Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
                 return;
             }
         };
-        match handshake(&owner, stream).await {
+        match Box::pin(handshake(&owner, stream)).await {
             Ok((workload, connection)) => {
                 let identity = peer_identity(connection.peer_certificates());
                 let tunnel = Arc::new(Tunnel { pod: owner, workload, peer, local, identity });
-                streams(&tunnel, connection, draining).await;
+                Box::pin(streams(&tunnel, connection, draining)).await;
             }
             Err(failure) => owner.refuse(&Refused {
                 reporter: Reporter::Destination,
@@ -73,7 +73,8 @@ async fn handshake(
     let workload = pod.workload().await?;
     let certificate = pod.certificate(&workload).await?;
     let tls = certificate.server_config();
-    let connection = server::handshake(stream, tls, &pod.shared.config.hbone).await?;
+    let settings = &pod.shared.config.hbone;
+    let connection = Box::pin(server::handshake(stream, tls, settings)).await?;
     Ok((workload, connection))
 }
 
@@ -103,23 +104,45 @@ async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, drain
 
 impl Tunnel {
     async fn serve(&self, incoming: Incoming) {
+        // Boxed: a connection that is relayed need not hold on to how it was set up.
+        let Some(ready) = Box::pin(self.prepare(incoming)).await else { return };
+        let Ready { connection, mut watch, ends, _listed } = ready;
+        let outcome = match ends {
+            Ok((permit, down, up)) => tokio::select! {
+                outcome = forward(permit, down, up, connection.meter()) => outcome,
+                denial = watch.revoked() => Err(closed_by_policy(denial)),
+            },
+            Err(failure) => Err(failure),
+        };
+        connection.finish(outcome);
+    }
+
+    /// All that comes before the relay; `None` where the stream was refused before it was counted.
+    async fn prepare(&self, incoming: Incoming) -> Option<Ready> {
         let began = Instant::now();
         let request = match &incoming.request {
             Ok(request) => request.clone(),
             Err(error) => {
                 self.refuse(&error.to_string(), "malformed");
                 incoming.refuse(400);
-                return;
+                return None;
             }
         };
-        let target = self.pod.shared.state.read(|view| {
-            resolve(view, &self.pod.shared.config.inbound, &self.workload, self.local, &request)
-        });
-        match target {
-            Ok(target) => self.connect(incoming, request, target, began).await,
+        let config = &self.pod.shared.config;
+        let ask = Ask {
+            local: &self.workload,
+            address: self.local,
+            authority: &request.authority,
+            meant: request.forwarded.host.as_ref().map(|host| host.as_str()),
+            network: &config.network,
+            localhost_tunnel: config.localhost_tunnel,
+        };
+        match self.pod.shared.state.read(|view| resolve(view, ask)) {
+            Ok(target) => Some(self.connect(incoming, &request, &target, began).await),
             Err(refusal) => {
                 self.refuse(&refusal.to_string(), refusal.word());
                 incoming.refuse(refusal.status());
+                None
             }
         }
     }
@@ -137,18 +160,18 @@ impl Tunnel {
     async fn connect(
         &self,
         incoming: Incoming,
-        request: TunnelRequest,
-        target: Target,
+        request: &TunnelRequest,
+        target: &Target,
         began: Instant,
-    ) {
-        let ends = self.ends(&request, &target);
+    ) -> Ready {
         let place = Place {
             source: self.peer,
             destination: self.local,
             authority: Some(request.authority.to_string().into()),
         };
+        let ends = self.ends(request, target);
         let connection = Connection::open(&self.pod.shared.telemetry, ends, place, began);
-        let _listed = self.pod.connections.list(Live {
+        let listed = self.pod.connections.list(Live {
             direction: Direction::Inbound,
             source: self.peer,
             original: request.forwarded.host.as_ref().map(|host| host.as_str().into()),
@@ -157,33 +180,35 @@ impl Tunnel {
         });
         let facts = Facts::new(self.peer.ip(), self.identity.clone(), target.address);
         let mut watch = PolicyWatch::new(self.pod.enrolment.policies.clone(), facts);
-        let outcome = match watch.admit().await {
-            Ok(permit) => {
-                let up = self.dial(&target);
-                let relayed = async {
-                    let up = match up.await {
-                        Ok(up) => up,
-                        Err(failure) => {
-                            incoming.refuse(failure.reason.report().status);
-                            return Err(failure);
-                        }
-                    };
-                    let down = incoming
-                        .accept(&self.answer())
-                        .map_err(|error| Failure::downstream(Reason::Reset, error))?;
-                    forward(permit, down, up, connection.meter()).await
-                };
-                tokio::select! {
-                    outcome = relayed => outcome,
-                    denial = watch.revoked() => Err(closed_by_policy(denial)),
-                }
-            }
+        let ends = match watch.admit().await {
+            Ok(permit) => self.answer(incoming, permit, target).await,
             Err(denial) => {
                 incoming.refuse(401);
                 Err(self.pod.denied(denial))
             }
         };
-        connection.finish(outcome);
+        Ready { connection, watch, ends, _listed: listed }
+    }
+
+    /// Connects to the application, and says so.
+    async fn answer(
+        &self,
+        incoming: Incoming,
+        permit: Permit,
+        target: &Target,
+    ) -> Result<(Permit, Stream, Tcp), Failure> {
+        match self.dial(target).await {
+            Ok(up) => {
+                let told = self.pod.shared.config.response_baggage;
+                let head = ResponseHead { baggage: told.then(|| baggage(&self.workload)) };
+                let gone = |error| Failure::downstream(Reason::Reset, error);
+                Ok((permit, incoming.accept(&head).map_err(gone)?, up))
+            }
+            Err(failure) => {
+                incoming.refuse(failure.reason.report().status);
+                Err(failure)
+            }
+        }
     }
 
     fn ends(&self, request: &TunnelRequest, target: &Target) -> Ends {
@@ -213,26 +238,40 @@ impl Tunnel {
         }
     }
 
-    fn answer(&self) -> ResponseHead {
-        let told = self.pod.shared.config.response_baggage;
-        ResponseHead { baggage: told.then(|| baggage(&self.workload)) }
-    }
-
     async fn dial(&self, target: &Target) -> Result<Tcp, Failure> {
-        self.pod.dial(self.peer, target.address).await
+        // On loopback the client's address would not find its way back.
+        let client = (!target.address.ip().is_loopback()).then_some(self.peer);
+        let mut up = self.pod.dial(client, target.address).await?;
+        if let Some(announced) = target.announce {
+            let header = proxy_protocol::header(self.peer, announced, self.identity.as_ref());
+            up.preface(&header)
+                .await
+                .map_err(|error| Failure::upstream(Reason::Connect, ConnectError(error)))?;
+        }
+        Ok(up)
     }
+}
+
+/// A connection that was set up, or could not be: what is left is to relay it, and to report it.
+#[derive(Debug)]
+struct Ready {
+    connection: Connection,
+    watch: PolicyWatch,
+    ends: Result<(Permit, Stream, Tcp), Failure>,
+    _listed: Listed,
 }
 
 impl Pod {
     /// Connects to the application, which sees the client's address where that can be had.
-    async fn dial(&self, client: SocketAddr, to: SocketAddr) -> Result<Tcp, Failure> {
+    async fn dial(&self, client: Option<SocketAddr>, to: SocketAddr) -> Result<Tcp, Failure> {
         let fail = |error| Failure::upstream(Reason::Connect, ConnectError(error));
-        let connect = self.shared.redirect.to_application(&self.sockets, Some(client), to);
-        let stream = timeout(CONNECT_TIMEOUT, connect)
+        let redirect = &self.shared.redirect;
+        let connecting = redirect.to_application(&self.sockets, client, to).map_err(fail)?;
+        let stream = timeout(CONNECT_TIMEOUT, connecting.established())
             .await
             .map_err(|_elapsed| fail(io::ErrorKind::TimedOut.into()))?
             .map_err(fail)?;
-        Tcp::new(stream).map_err(fail)
+        Ok(Tcp::from(stream))
     }
 
     /// A refusal by policy, counted where it is for want of one.
@@ -250,7 +289,7 @@ impl Pod {
 /// The flow may proceed: only the permit says so.
 async fn forward(
     permit: Permit,
-    down: impl Duplex,
+    down: impl Duplex + Unpin,
     up: Tcp,
     meter: &impl Meter,
 ) -> Result<(), Failure> {

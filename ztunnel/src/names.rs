@@ -11,13 +11,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{runtime::Handle, time::Instant};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, timeout},
+};
 
 /// Names kept, at most. Istio's proxy keeps as many.
 const KEPT: usize = 4096;
 
 /// How long an answer is used. The node's resolver does not say how long it may be.
 const TTL: Duration = Duration::from_secs(30);
+
+/// How long a look-up may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
 struct Answer {
@@ -61,18 +67,21 @@ impl Names {
     }
 
     /// The addresses of the name, if it was resolved lately.
-    pub(crate) fn known(&self, host: &Hostname) -> Option<Arc<[IpAddr]>> {
+    fn known(&self, host: &Hostname) -> Option<Arc<[IpAddr]>> {
         let answers = self.answers();
         let answer = answers.get(host)?;
         (answer.until > Instant::now()).then(|| Arc::clone(&answer.ips))
     }
 
-    /// Resolves the name.
+    /// The addresses of the name.
     ///
     /// # Errors
     ///
-    /// Returns a failure where it has no address.
-    pub(crate) async fn resolve(&self, host: &Hostname) -> Result<(), Failure> {
+    /// Returns a failure where it has none.
+    pub(crate) async fn resolve(&self, host: &Hostname) -> Result<Arc<[IpAddr]>, Failure> {
+        if let Some(known) = self.known(host) {
+            return Ok(known);
+        }
         let name = host.clone();
         let look_up = self.runtime.spawn_blocking(move || {
             use std::net::ToSocketAddrs;
@@ -82,8 +91,9 @@ impl Names {
             let host = host.clone();
             Failure::upstream(Reason::NoUpstream, Unresolved { host, cause })
         };
-        let found: Vec<SocketAddr> = look_up
+        let found: Vec<SocketAddr> = timeout(PATIENCE, look_up)
             .await
+            .map_err(|_elapsed| fail(Some(std::io::ErrorKind::TimedOut.into())))?
             .map_err(|stopped| fail(Some(stopped.into())))?
             .map_err(|error| fail(Some(error)))?;
         let ips: Arc<[IpAddr]> =
@@ -99,8 +109,8 @@ impl Names {
                 answers.clear();
             }
         }
-        answers.insert(host.clone(), Answer { ips, until: now + TTL });
-        Ok(())
+        answers.insert(host.clone(), Answer { ips: Arc::clone(&ips), until: now + TTL });
+        Ok(ips)
     }
 }
 

@@ -5,18 +5,21 @@ pub mod protocol;
 pub mod reconcile;
 
 use crate::{
-    config::DataPath,
     connections::Connections,
-    inbound, outbound,
+    inbound,
+    names::Names,
+    outbound::{self, PlanConfig},
     telemetry::{Reporter, Telemetry},
 };
-use mesh_core::{Failure, PeerAddr, Reason, Workload};
-use mesh_hbone::Pool;
+use mesh_core::{Failure, NetworkId, PeerAddr, Reason, Workload};
+use mesh_hbone::{Pool, Settings};
 use mesh_identity::{Certificates, WorkloadCertificate};
-use mesh_platform::{CaptureError, Listeners, Netns, Redirect};
+use mesh_platform::{
+    netns::Netns,
+    redirect::{self, CaptureError, Door, Redirect},
+};
 use mesh_runtime::{
-    access_log::Level,
-    net::accept_loop,
+    net::{Listener, accept_loop},
     tasks::{Draining, Tasks},
     threads::Workers,
 };
@@ -28,9 +31,27 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::watch, time::timeout};
+use tracing::Level;
 
 /// How long a connection waits for the control plane to say who its pod is.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The settings of every pod's data path.
+#[derive(Clone, Debug)]
+pub struct DataPath {
+    /// How tunnels are set up.
+    pub hbone: Settings,
+    /// What outbound planning knows.
+    pub plan: PlanConfig,
+    /// The network of this node.
+    pub network: NetworkId,
+    /// Whether answers describe the workload that took the tunnel.
+    pub response_baggage: bool,
+    /// Whether applications that take the PROXY protocol are reached on loopback.
+    pub localhost_tunnel: bool,
+    /// How long the open connections of a pod that has left the mesh go on.
+    pub farewell: Duration,
+}
 
 /// What all pods share.
 #[derive(Clone, Debug)]
@@ -40,6 +61,7 @@ pub(crate) struct Shared {
     pub(crate) certificates: Certificates,
     pub(crate) redirect: Arc<dyn Redirect>,
     pub(crate) workers: Workers,
+    pub(crate) names: Names,
     pub(crate) telemetry: Telemetry,
 }
 
@@ -47,7 +69,7 @@ pub(crate) struct Shared {
 pub(crate) struct Pod {
     pub(crate) shared: Shared,
     pub(crate) info: PodInfo,
-    pub(crate) sockets: mesh_platform::Pod,
+    pub(crate) sockets: redirect::Pod,
     pub(crate) enrolment: Enrolment,
     pub(crate) pool: Pool,
     pub(crate) connections: Connections,
@@ -89,42 +111,71 @@ impl Pod {
         uid: &str,
         info: PodInfo,
         netns: &Netns,
-        tasks: Tasks,
-    ) -> Result<Arc<Self>, CaptureError> {
-        let (sockets, listeners) = shared.redirect.enrol(uid, netns)?;
+        tasks: &Tasks,
+    ) -> Result<(redirect::Pod, Connections), CaptureError> {
+        let sockets = shared.redirect.enrol(uid, netns)?;
         let pool = Pool::new(shared.config.hbone.clone(), tasks.child());
         let pod = Arc::new(Self {
             enrolment: shared.state.enrol(info.clone()),
             shared: shared.clone(),
             info,
-            sockets,
+            sockets: sockets.clone(),
             pool,
             connections: Connections::default(),
-            tasks,
+            tasks: tasks.child(),
         });
-        pod.listen(listeners);
-        Ok(pod)
+        pod.listen();
+        Ok((sockets, pod.connections.clone()))
     }
 
-    fn listen(self: &Arc<Self>, listeners: Listeners) {
-        let Listeners { outbound, inbound, hbone, .. } = listeners;
-        self.accept(outbound, outbound::accepted);
-        self.accept(inbound, inbound::plaintext::accepted);
-        self.accept(hbone, inbound::accepted);
+    fn listen(self: &Arc<Self>) {
+        let Some(listeners) = self.sockets.take_listeners() else { return };
+        let worker = self.shared.workers.next();
+        let follow = self.sockets.follow();
+        self.tasks.spawn_on(worker, |_| follow);
+        let pod = Arc::clone(self);
+        self.tasks.spawn_on(worker, |draining| async move { pod.warm(draining).await });
+        self.accept(Door::Outbound, listeners.outbound, outbound::accepted);
+        self.accept(Door::Inbound, listeners.inbound, inbound::plaintext::accepted);
+        self.accept(Door::Hbone, listeners.hbone, inbound::accepted);
+    }
+
+    /// Has the certificate ready before the first connection wants it.
+    async fn warm(&self, draining: Draining) {
+        let mut workload = self.enrolment.workload.clone();
+        loop {
+            let identity = workload.borrow_and_update().as_ref().map(|w| w.identity.clone());
+            if let Some(identity) = identity {
+                self.shared.certificates.prefetch(identity);
+            }
+            tokio::select! {
+                changed = workload.changed() => if changed.is_err() { return },
+                () = draining.stopping() => return,
+            }
+        }
     }
 
     fn accept(
         self: &Arc<Self>,
+        door: Door,
         listener: TcpListener,
         serve: fn(&Arc<Self>, std::net::TcpStream, SocketAddr),
     ) {
         let pod = Arc::clone(self);
         let worker = self.shared.workers.next();
         self.tasks.spawn_on(worker, move |draining: Draining| async move {
-            let taken = |stream, peer: SocketAddr| {
+            let taken = |stream: std::net::TcpStream, peer: SocketAddr| {
+                // Fails where the connection is gone, and whoever serves it finds out.
+                let _gone = pod.shared.redirect.accepted(door, &stream);
                 serve(&pod, stream, PeerAddr::from(peer).into());
             };
-            accept_loop(listener, draining, taken).await;
+            let accepted = match Listener::from_socket(listener) {
+                Ok(listener) => accept_loop(listener, draining, taken).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = accepted {
+                tracing::error!(pod = %pod.info, ?door, %error, "a listener of the pod failed");
+            }
         });
     }
 
@@ -171,15 +222,18 @@ impl Pod {
     pub(crate) fn refuse(&self, refused: &Refused<'_>) {
         let telemetry = &self.shared.telemetry;
         telemetry.metrics.refused(refused.reporter, refused.reason);
-        if telemetry.log.enabled(Level::Warn) {
-            telemetry.log.line(Level::Warn, "connection failed", |fields| {
+        if telemetry.log.enabled(Level::WARN) {
+            telemetry.log.line(Level::WARN, "connection failed", |fields| {
                 fields.addr("src.addr", refused.source);
                 fields.addr("dst.addr", refused.destination);
-                fields.text("direction", match refused.reporter {
-                    Reporter::Source => "outbound",
-                    Reporter::Destination => "inbound",
-                });
-                fields.text("error", refused.error);
+                fields.str(
+                    "direction",
+                    match refused.reporter {
+                        Reporter::Source => "outbound",
+                        Reporter::Destination => "inbound",
+                    },
+                );
+                fields.str("error", refused.error);
             });
         }
     }
@@ -195,4 +249,16 @@ pub(crate) struct Refused<'a> {
     pub(crate) reason: &'static str,
     /// A sentence for the log.
     pub(crate) error: &'a str,
+}
+
+/// Serves the one workload of dedicated mode, whose network namespace is ours.
+///
+/// # Errors
+///
+/// Returns why it cannot be served.
+pub(crate) fn dedicated(shared: &Shared, info: PodInfo, tasks: &Tasks) -> anyhow::Result<()> {
+    let netns = Netns::current()?;
+    let uid = info.to_string().replace('/', "-");
+    Pod::start(shared, &uid, info, &netns, tasks)?;
+    Ok(())
 }

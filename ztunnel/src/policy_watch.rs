@@ -164,7 +164,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_a_real_denial_ends_a_live_flow() {
         let (sender, mut watch) = watching(set(1, vec![]));
-        watch.admit().await.unwrap();
+        let _permit = watch.admit().await.unwrap();
         sender.send_replace(set(2, vec![missing()]));
         let second = Duration::from_secs(1);
         assert!(timeout(second, watch.revoked()).await.is_err(), "missing does not");

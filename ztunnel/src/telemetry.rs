@@ -6,13 +6,13 @@
 mod labels;
 mod line;
 
-pub(crate) use line::explain;
 pub(crate) use labels::{Counters, Ends, Reporter, Source};
+pub(crate) use line::explain;
 
 use crate::metrics::Metrics;
 use mesh_core::{Failure, Reason};
 use mesh_hbone::Meter;
-use mesh_runtime::access_log::{AccessLog, Level};
+use mesh_runtime::access_log::AccessLog;
 use std::{
     fmt,
     net::SocketAddr,
@@ -22,6 +22,7 @@ use std::{
     },
 };
 use tokio::time::Instant;
+use tracing::Level;
 
 /// Where connections are reported.
 #[derive(Clone, Debug)]
@@ -83,12 +84,10 @@ impl Connection {
         let counters = telemetry.metrics.counters(&ends);
         counters.opened.increment(1);
         telemetry.metrics.sockets(ends.reporter, 1.0);
-        let bytes =
-            Bytes { to_server: AtomicU64::new(0), to_client: AtomicU64::new(0), counters };
-        let this =
-            Self { telemetry: telemetry.clone(), ends, place, bytes, began, over: false };
-        if this.telemetry.log.enabled(Level::Debug) {
-            this.log(Level::Debug, "connection opened", None);
+        let bytes = Bytes { to_server: AtomicU64::new(0), to_client: AtomicU64::new(0), counters };
+        let this = Self { telemetry: telemetry.clone(), ends, place, bytes, began, over: false };
+        if this.telemetry.log.enabled(Level::DEBUG) {
+            this.log(Level::DEBUG, "connection opened", None);
         }
         this
     }
@@ -96,11 +95,6 @@ impl Connection {
     /// What counts its bytes.
     pub(crate) fn meter(&self) -> &Bytes {
         &self.bytes
-    }
-
-    /// The addresses of the connection.
-    pub(crate) fn place_mut(&mut self) -> &mut Place {
-        &mut self.place
     }
 
     /// Counts the connection as closed and writes its line.
@@ -115,7 +109,11 @@ impl Connection {
         self.telemetry.metrics.sockets(self.ends.reporter, -1.0);
         let flag = failure.map_or("-", |failure| failure.reason.report().flag);
         self.telemetry.metrics.closed(&self.ends, &self.bytes.counters, flag);
-        let level = if failure.is_some() { Level::Error } else { Level::Info };
+        // A reset is how some applications say goodbye, and no fault of the mesh.
+        let level = match failure.map(|failure| failure.reason) {
+            None | Some(Reason::Reset) => Level::INFO,
+            Some(_) => Level::ERROR,
+        };
         if self.telemetry.log.enabled(level) {
             self.log(level, "connection complete", failure);
         }

@@ -18,6 +18,7 @@ use std::{
     collections::HashMap,
     fmt,
     net::{IpAddr, SocketAddr, TcpStream},
+    pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -50,6 +51,10 @@ pub struct Opened {
     /// Who the far end is: its certificates.
     pub certificates: Arc<[CertificateDer<'static>]>,
 }
+
+/// A connection that is being made, and what to secure it with.
+pub type Dialing<'a> =
+    Pin<Box<dyn Future<Output = Result<(TcpStream, Arc<ClientConfig>), Failure>> + Send + 'a>>;
 
 /// The tunnels of one pod. Dropping it closes them.
 pub struct Pool {
@@ -135,15 +140,12 @@ impl Pool {
     /// # Cancel safety
     ///
     /// Who is dropped while making a tunnel leaves that to the next in line.
-    pub async fn open<D>(
+    pub async fn open<'d>(
         &self,
         key: &PoolKey,
         request: &TunnelRequest,
-        mut dial: D,
-    ) -> Result<Opened, Failure>
-    where
-        D: AsyncFnMut() -> Result<(TcpStream, Arc<ClientConfig>), Failure>,
-    {
+        dial: impl Fn() -> Dialing<'d> + Send + Sync,
+    ) -> Result<Opened, Failure> {
         let slot = self.slot(key);
         loop {
             let (tunnel, count, fresh) = match slot.usable(self.most()) {
@@ -153,7 +155,7 @@ impl Pool {
                     match slot.usable(self.most()) {
                         Some((tunnel, count)) => (tunnel, count, false),
                         None => {
-                            let made = self.make(key, &slot, &mut dial).await;
+                            let made = self.make(key, &slot, dial()).await;
                             drop(making);
                             let tunnel = made.inspect_err(|_| self.sweep(key))?;
                             let count = Counted::new(&tunnel.streams);
@@ -216,21 +218,18 @@ impl Pool {
         Ok(Ok(Opened { stream, head, certificates }))
     }
 
-    async fn make<D>(
+    async fn make(
         &self,
         key: &PoolKey,
         slot: &Arc<Slot>,
-        dial: &mut D,
-    ) -> Result<Tunnel, Failure>
-    where
-        D: AsyncFnMut() -> Result<(TcpStream, Arc<ClientConfig>), Failure>,
-    {
-        let (stream, tls) = dial().await?;
+        dialing: Dialing<'_>,
+    ) -> Result<Tunnel, Failure> {
+        let (stream, tls) = dialing.await?;
         let io = tokio::net::TcpStream::from_std(stream)
             .map_err(|error| Failure::upstream(Reason::Connect, error))?;
         let io = TlsStream::connect(io, tls).await.map_err(crate::HandshakeError::upstream)?;
         let certificates: Arc<[_]> = io.peer_certificates().into();
-        let (requests, connection) = engine::connect(io, &self.settings)
+        let (requests, connection) = Box::pin(engine::connect(io, &self.settings))
             .await
             .map_err(|error| Failure::upstream(Reason::Http2, error))?;
         let tunnel = Tunnel {

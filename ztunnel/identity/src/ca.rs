@@ -2,6 +2,9 @@
 
 pub mod istio;
 pub mod local;
+mod nobody;
+
+pub use nobody::Nobody;
 
 use crate::{certificate::InvalidCertificate, csr::Csr};
 use mesh_core::SpiffeId;

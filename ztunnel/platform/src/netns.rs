@@ -24,6 +24,7 @@ pub struct Netns {
 /// What two descriptors of one namespace have in common. The kernel reuses inode numbers at once, so it is
 /// no key for what outlives the namespace.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[expect(clippy::module_name_repetitions, reason = "used without its module")]
 pub struct NetnsId {
     /// The device of nsfs.
     pub dev: u64,

@@ -3,7 +3,6 @@
 
 use nix::{
     cmsg_space,
-    errno::Errno,
     sys::socket::{
         AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
         UnixAddr, accept4, bind, connect, listen, recvmsg, sendmsg, socket,
@@ -164,7 +163,7 @@ impl SeqpacketListener {
     #[expect(unsafe_code, reason = "the kernel hands descriptors over as numbers")]
     pub async fn accept(&self) -> io::Result<Seqpacket> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let accept = || Ok(accept4(self.0.as_raw_fd(), flags).map_err(Errno::from)?);
+        let accept = || Ok(accept4(self.0.as_raw_fd(), flags)?);
         let fd: RawFd = self.0.async_io(Interest::READABLE, accept).await?;
         // SAFETY: the kernel has just made it for us, and nobody else knows it.
         watched(unsafe { OwnedFd::from_raw_fd(fd) }).map(Seqpacket)

@@ -100,8 +100,8 @@ keys! {
     RUST_LOG = "RUST_LOG", "filter", "info", "What is logged: `level` or `module=level`, with commas.";
     LOG_FORMAT = "LOG_FORMAT", "plain, json", "plain", "The shape of log lines.";
     PROXY_ADMIN_PORT = "PROXY_ADMIN_PORT", "port", "15000",
-        "The admin port. In Istio `proxyAdminPort` of ProxyConfig.";
-    STATS_PORT = "STATS_PORT", "port", "15020", "The metrics port. In Istio `statsPort` of ProxyConfig.";
+        "The admin port. In Istio `proxyAdminPort` of the proxy config.";
+    STATS_PORT = "STATS_PORT", "port", "15020", "The metrics port. In Istio `statsPort` of the proxy config.";
     ISTIO_META_ISTIO_VERSION = "ISTIO_META_ISTIO_VERSION", "text", "unknown",
         "The release, for `istio_build`.";
     KUBERNETES_SERVICE_HOST = "KUBERNETES_SERVICE_HOST", "host", "",

@@ -4,6 +4,7 @@
 use super::{closed_by_policy, forward};
 use crate::{
     connections::{Carrier, Direction, Live},
+    outbound::PlanConfig,
     pod::{Pod, Refused},
     policy_watch::{Facts, PolicyWatch},
     telemetry::{Connection, Ends, Place, Reporter, Source, explain},
@@ -43,7 +44,7 @@ async fn serve(
         let reporter = Reporter::Destination;
         pod.refuse(&Refused { reporter, source: peer, destination, reason, error });
     };
-    if pod.shared.config.plan.is_own_port(destination.port()) {
+    if PlanConfig::is_own_port(destination.port()) {
         return refuse("recursive", "attempted recursive call to ourselves");
     }
     let workload = match pod.workload().await {
@@ -77,9 +78,9 @@ async fn serve(
     let outcome = match watch.admit().await {
         Ok(permit) => {
             let relayed = async {
-                let up = pod.dial(peer, destination).await?;
-                let down = Tcp::new(stream)
-                    .map_err(|error| Failure::downstream(Reason::Reset, error))?;
+                let up = pod.dial(Some(peer), destination).await?;
+                let down =
+                    Tcp::new(stream).map_err(|error| Failure::downstream(Reason::Reset, error))?;
                 forward(permit, down, up, connection.meter()).await
             };
             tokio::select! {

@@ -5,7 +5,8 @@ use super::{
     protocol::{self, MAX_PACKET},
     reconcile::{Reconcile, Step},
 };
-use mesh_platform::{Netns, uds::Seqpacket};
+use crate::connections::Connections;
+use mesh_platform::{netns::Netns, redirect, uds::Seqpacket};
 use mesh_runtime::{
     backoff::Backoff,
     ready::Gate,
@@ -31,8 +32,17 @@ pub(crate) struct Served(Arc<Mutex<BTreeMap<String, Entry>>>);
 
 #[derive(Debug)]
 enum Entry {
-    Up(Arc<Pod>),
+    Up(Up),
     Pending { info: PodInfo, why: String },
+}
+
+/// A pod that is served. Its owner is here; the pod itself lives with its tasks.
+#[derive(Debug)]
+struct Up {
+    info: PodInfo,
+    sockets: redirect::Pod,
+    connections: Connections,
+    tasks: Tasks,
 }
 
 impl Served {
@@ -54,10 +64,10 @@ impl Served {
             .iter()
             .map(|(uid, entry)| {
                 let value = match entry {
-                    Entry::Up(pod) => json!({
+                    Entry::Up(up) => json!({
                         "state": "Up",
-                        "info": info(&pod.info),
-                        "connections": pod.connections.dump(),
+                        "info": info(&up.info),
+                        "connections": up.connections.dump(),
                     }),
                     Entry::Pending { info: who, why } => {
                         json!({ "state": "Pending", "info": info(who), "reason": why })
@@ -76,7 +86,11 @@ pub(crate) struct ProtocolBroken(String);
 
 impl fmt::Display for ProtocolBroken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the CNI agent does not speak ZDS version 1 ({}): check that istio-cni fits", self.0)
+        write!(
+            f,
+            "the CNI agent does not speak ZDS version 1 ({}): check that istio-cni fits",
+            self.0
+        )
     }
 }
 
@@ -121,7 +135,8 @@ impl Manager {
         agent: PathBuf,
         draining: Draining,
     ) -> Result<(), ProtocolBroken> {
-        let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(15));
+        let mut backoff =
+            Backoff::new(Duration::from_millis(20), Duration::from_secs(15), 2.0, 0.0);
         loop {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {
@@ -231,7 +246,10 @@ impl Manager {
             Step::Start { uid, pod } => match netns {
                 Some(netns) => {
                     let started = self.start(&uid, pod, netns).await;
-                    started.err().map(|why| format!("failure to start proxy : {why}")).unwrap_or_default()
+                    started
+                        .err()
+                        .map(|why| format!("failure to start proxy : {why}"))
+                        .unwrap_or_default()
                 }
                 None => String::new(),
             },
@@ -252,15 +270,17 @@ impl Manager {
             (self.shared.clone(), uid.to_owned(), info.clone(), netns.clone());
         let began = Instant::now();
         // The kernel takes milliseconds: not on this thread.
-        let start = move || Pod::start(&shared, &key, who, &place, tasks);
-        let started = tokio::task::spawn_blocking(start).await;
-        let why = match started {
-            Ok(Ok(pod)) => {
+        let start = move || {
+            let started = Pod::start(&shared, &key, who.clone(), &place, &tasks);
+            started.map(|(sockets, connections)| Up { info: who, sockets, connections, tasks })
+        };
+        let why = match tokio::task::spawn_blocking(start).await {
+            Ok(Ok(up)) => {
                 tracing::info!(uid, pod = %info, took = ?began.elapsed(), "serving the pod");
                 self.machine.started(uid, netns.id());
                 self.waiting.remove(uid);
                 self.shared.telemetry.metrics.pods.started.increment(1);
-                self.served.entries().insert(uid.to_owned(), Entry::Up(pod));
+                self.served.entries().insert(uid.to_owned(), Entry::Up(up));
                 return Ok(());
             }
             Ok(Err(error)) => chain(&error),
@@ -274,25 +294,34 @@ impl Manager {
         Err(why)
     }
 
+    /// Stops serving a pod. What it has open goes on for as long as the settings say.
     async fn stop(&mut self, uid: &str) {
         self.waiting.remove(uid);
         self.machine.stopped(uid);
-        let Some(Entry::Up(pod)) = self.served.entries().remove(uid) else { return };
+        let Some(Entry::Up(up)) = self.served.entries().remove(uid) else { return };
         self.shared.telemetry.metrics.pods.stopped.increment(1);
-        tracing::info!(uid, pod = %pod.info, "the pod is served no more");
-        pod.tasks.cancel();
-        let key = uid.to_owned();
-        let remove = move || pod.shared.redirect.remove(&key, &pod.sockets);
-        match tokio::task::spawn_blocking(remove).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(uid, error = %chain(&error), "the pod's capture could not be removed"),
-            Err(stopped) => tracing::warn!(uid, error = %stopped, "the pod's capture could not be removed"),
+        let Up { info, sockets, tasks, .. } = up;
+        tracing::info!(uid, pod = %info, "the pod is served no more");
+        let (redirect, pod) = (Arc::clone(&self.shared.redirect), sockets.clone());
+        withdraw(&info, move || redirect.remove(&pod)).await;
+        let farewell = self.shared.config.farewell;
+        if farewell.is_zero() {
+            tasks.cancel();
+        } else {
+            let redirect = Arc::clone(&self.shared.redirect);
+            self.tasks.spawn(move |_| async move {
+                tasks.drain(farewell).await;
+                withdraw(&info, move || redirect.finish(&sockets)).await;
+            });
         }
     }
 
     async fn retry(&mut self) {
-        let waiting: Vec<_> =
-            self.waiting.iter().map(|(uid, (info, netns))| (uid.clone(), info.clone(), netns.clone())).collect();
+        let waiting: Vec<_> = self
+            .waiting
+            .iter()
+            .map(|(uid, (info, netns))| (uid.clone(), info.clone(), netns.clone()))
+            .collect();
         for (uid, info, netns) in waiting {
             // The reason is in the log and in the dump.
             let _still_failing = self.start(&uid, info, netns).await;
@@ -304,9 +333,21 @@ impl Manager {
         let entries = self.served.entries();
         let up = entries.values().filter(|entry| matches!(entry, Entry::Up(_))).count();
         let pods = &self.shared.telemetry.metrics.pods;
-        pods.active.set(up as f64);
-        pods.pending.set(self.machine.pending() as f64);
+        pods.active.set(number(up));
+        pods.pending.set(number(self.machine.pending()));
     }
+}
+
+async fn withdraw(
+    pod: &PodInfo,
+    act: impl FnOnce() -> Result<(), redirect::CaptureError> + Send + 'static,
+) {
+    let why = match tokio::task::spawn_blocking(act).await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => chain(&error),
+        Err(stopped) => stopped.to_string(),
+    };
+    tracing::warn!(%pod, error = %why, "the pod's capture could not be withdrawn");
 }
 
 /// An error and its causes, outermost first.
@@ -318,4 +359,9 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// A count as a gauge takes it.
+fn number(count: usize) -> f64 {
+    u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }

@@ -87,7 +87,8 @@ impl Error for InvalidRequest {}
 /// Returns why the packet cannot be taken.
 pub fn parse(packet: &[u8], descriptor: bool) -> Result<Request, InvalidRequest> {
     use workload_request::Payload as P;
-    let request = WorkloadRequest::decode(packet).map_err(|_undecodable| InvalidRequest::Undecodable)?;
+    let request =
+        WorkloadRequest::decode(packet).map_err(|_undecodable| InvalidRequest::Undecodable)?;
     let request = match request.payload.ok_or(InvalidRequest::Empty)? {
         P::Add(add) => {
             if !descriptor {
@@ -101,7 +102,10 @@ pub fn parse(packet: &[u8], descriptor: bool) -> Result<Request, InvalidRequest>
                     service_account: info.service_account.parse::<ServiceAccount>().ok()?,
                 })
             };
-            return Ok(Request::Add { pod: pod().ok_or(InvalidRequest::NoWorkload)?, uid: add.uid });
+            return Ok(Request::Add {
+                pod: pod().ok_or(InvalidRequest::NoWorkload)?,
+                uid: add.uid,
+            });
         }
         P::Keep(keep) => Request::Keep { uid: keep.uid },
         P::Del(del) => Request::Del { uid: del.uid },
@@ -128,10 +132,18 @@ pub fn ack(error: &str) -> Vec<u8> {
 }
 
 /// Nothing that an agent can send makes the parser panic, and what it takes is well formed.
+///
+/// # Panics
+///
+/// Where that does not hold.
 pub fn fuzz_request(bytes: &[u8]) {
     for descriptor in [false, true] {
         if let Ok(request) = parse(bytes, descriptor) {
-            assert_eq!(matches!(request, Request::Add { .. }), descriptor, "descriptors go with Add");
+            assert_eq!(
+                matches!(request, Request::Add { .. }),
+                descriptor,
+                "descriptors go with Add"
+            );
         }
     }
 }
@@ -146,7 +158,9 @@ mod tests {
         let uid = "5b5ec8f3-0000-4000-8000-000000000001";
         let mut add = vec![0x0a, 0x36, 0x0a, 36];
         add.extend(uid.bytes());
-        add.extend([0x12, 14, 0x0a, 3, b'w', b'e', b'b', 0x12, 2, b'n', b's', 0x1a, 3, b'w', b'e', b'b']);
+        add.extend([
+            0x12, 14, 0x0a, 3, b'w', b'e', b'b', 0x12, 2, b'n', b's', 0x1a, 3, b'w', b'e', b'b',
+        ]);
         let pod = PodInfo {
             name: "web".parse().unwrap(),
             namespace: "ns".parse().unwrap(),

@@ -10,7 +10,7 @@
 //! them, and by nothing else.
 
 use super::protocol::Request;
-use mesh_platform::NetnsId;
+use mesh_platform::netns::NetnsId;
 use mesh_state::PodInfo;
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -172,7 +172,10 @@ impl Ends {
                 "destination_service_namespace",
                 service.map_or(UNKNOWN, |s| s.key.namespace.as_str()),
             )
-            .push("destination_service_name", service.map_or(UNKNOWN, |s| or_unknown(s.name.as_str())))
+            .push(
+                "destination_service_name",
+                service.map_or(UNKNOWN, |s| or_unknown(s.name.as_str())),
+            )
             .push("destination_workload", destination.workload)
             .push("destination_canonical_service", destination.service)
             .push("destination_canonical_revision", destination.revision)

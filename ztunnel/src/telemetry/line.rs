@@ -2,8 +2,9 @@
 
 use super::{Connection, Ends, Reporter, Source};
 use mesh_core::{Failure, Workload};
-use mesh_runtime::access_log::{Fields, Level};
+use mesh_runtime::access_log::Fields;
 use std::{error::Error, fmt::Write as _, sync::atomic::Ordering};
+use tracing::Level;
 
 impl Connection {
     pub(super) fn log(&self, level: Level, message: &str, failure: Option<&Failure>) {
@@ -17,12 +18,12 @@ impl Connection {
                 Reporter::Source => ("outbound", to_server, to_client),
                 Reporter::Destination => ("inbound", to_client, to_server),
             };
-            fields.text("direction", direction);
-            fields.bare("bytes_sent", sent);
-            fields.bare("bytes_recv", received);
-            fields.text("duration", &format!("{}ms", self.began.elapsed().as_millis()));
+            fields.str("direction", direction);
+            fields.number("bytes_sent", sent);
+            fields.number("bytes_recv", received);
+            fields.milliseconds("duration", self.began.elapsed());
             if let Some(failure) = failure {
-                fields.text("error", &explain(failure));
+                fields.str("error", &explain(failure));
             }
         });
     }
@@ -39,8 +40,7 @@ pub(crate) fn explain(failure: &Failure) -> String {
         let printed = error.to_string();
         // Some errors print their own cause as well.
         if !text.ends_with(&printed) {
-            let _infallible =
-                write!(text, "{}{printed}", if text.is_empty() { "" } else { ": " });
+            let _infallible = write!(text, "{}{printed}", if text.is_empty() { "" } else { ": " });
         }
         cause = error.source();
     }
@@ -55,7 +55,7 @@ fn name(workload: &Workload) -> &str {
 
 fn known(fields: &mut Fields<'_>, key: &'static str, text: &str) {
     if !text.is_empty() {
-        fields.text(key, text);
+        fields.str(key, text);
     }
 }
 
@@ -69,7 +69,7 @@ fn source(fields: &mut Fields<'_>, connection: &Connection) {
             known(fields, "src.workload", &text(&baggage.service_name));
             known(fields, "src.namespace", &text(&baggage.namespace));
             if let Some(identity) = source_identity {
-                fields.text("src.identity", &identity.to_string());
+                fields.text("src.identity", identity);
             }
             known(fields, "src.cluster", &text(&baggage.cluster));
             return;
@@ -79,7 +79,7 @@ fn source(fields: &mut Fields<'_>, connection: &Connection) {
     known(fields, "src.workload", workload);
     known(fields, "src.namespace", namespace);
     if let Some(identity) = source_identity {
-        fields.text("src.identity", &identity.to_string());
+        fields.text("src.identity", identity);
     }
     known(fields, "src.cluster", cluster);
 }
@@ -88,16 +88,16 @@ fn destination(fields: &mut Fields<'_>, connection: &Connection) {
     let Ends { destination, service, mutual_tls, .. } = &connection.ends;
     fields.addr("dst.addr", connection.place.destination);
     if let Some(authority) = &connection.place.authority {
-        fields.bare("dst.hbone_addr", authority);
+        fields.addr("dst.hbone_addr", authority);
     }
     if let Some(service) = service {
-        fields.text("dst.service", service.key.hostname.as_str());
+        fields.str("dst.service", service.key.hostname.as_str());
     }
     if let Some(workload) = destination {
         known(fields, "dst.workload", name(workload));
-        fields.text("dst.namespace", workload.identity.namespace.as_str());
+        fields.str("dst.namespace", workload.identity.namespace.as_str());
         if *mutual_tls {
-            fields.text("dst.identity", &workload.identity.to_string());
+            fields.text("dst.identity", &workload.identity);
         }
         known(fields, "dst.cluster", workload.cluster.as_str());
     }

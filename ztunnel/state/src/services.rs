@@ -57,7 +57,10 @@ impl Services {
     }
 
     /// The services with just this VIP, in any namespace.
-    pub(crate) fn exact(&self, address: &NetworkAddress) -> impl Iterator<Item = &Arc<Service>> {
+    pub(crate) fn exact<'a>(
+        &'a self,
+        address: &NetworkAddress,
+    ) -> impl Iterator<Item = &'a Arc<Service>> + use<'a> {
         self.by_vip.get(&(address.network.clone(), address.ip)).into_iter().flatten()
     }
 

@@ -1,0 +1,59 @@
+//! What is wrong in a file, and where.
+
+use std::fmt;
+
+/// A place in a text, both numbers counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) line: usize,
+    pub(super) column: usize,
+}
+
+/// What is wrong in a local file, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    line: usize,
+    column: usize,
+    field: String,
+    what: String,
+}
+
+impl Fault {
+    pub(super) fn new(at: Place, what: impl Into<String>) -> Box<Self> {
+        Box::new(Self { line: at.line, column: at.column, field: String::new(), what: what.into() })
+    }
+
+    /// Puts a step before the path of the field: a name, or an index in brackets.
+    pub(super) fn within(mut self: Box<Self>, step: &str) -> Box<Self> {
+        let joint = if self.field.is_empty() || self.field.starts_with('[') { "" } else { "." };
+        self.field = format!("{step}{joint}{}", self.field);
+        self
+    }
+
+    /// The line, counted from 1.
+    pub fn line(&self) -> usize {
+        self.line
+    }
+
+    /// The column, counted from 1.
+    pub fn column(&self) -> usize {
+        self.column
+    }
+
+    /// The path of the field, such as `workloads[3].protocol`; empty where the text is not YAML.
+    pub fn field(&self) -> &str {
+        &self.field
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}, column {}: ", self.line, self.column)?;
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for Fault {}
