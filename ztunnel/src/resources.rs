@@ -5,26 +5,18 @@ use mesh_state::{
     Update as Change, Writer,
     wire::{Address, Authorization},
 };
-use mesh_xds::{Handler, Rejected, Update, file};
+use mesh_xds::{
+    Handler, Rejected, Update,
+    file::{self, Source},
+};
 use std::{
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// The writer of the state, behind its two doors.
+/// The writer of the state, behind the handlers of its sources.
 #[derive(Debug)]
-pub(crate) struct Sources {
-    addresses: Addresses,
-    policies: Authorizations,
-}
-
-/// Takes workloads and services.
-#[derive(Debug)]
-pub(crate) struct Addresses(Arc<Mutex<Writer>>);
-
-/// Takes policies.
-#[derive(Debug)]
-pub(crate) struct Authorizations(Arc<Mutex<Writer>>);
+pub(crate) struct Sources(Mutex<Writer>);
 
 fn lock(writer: &Mutex<Writer>) -> MutexGuard<'_, Writer> {
     writer.lock().unwrap_or_else(PoisonError::into_inner)
@@ -42,21 +34,7 @@ impl Sources {
         section("services", mesh_state::dump::services);
         section("policies", mesh_state::dump::policies);
         section("stagedServices", mesh_state::dump::staged_services);
-        let writer = Arc::new(Mutex::new(writer));
-        Self { addresses: Addresses(Arc::clone(&writer)), policies: Authorizations(writer) }
-    }
-}
-
-impl file::Sink for Sources {
-    type Addresses = Addresses;
-    type Policies = Authorizations;
-
-    fn addresses(&mut self) -> &mut Addresses {
-        &mut self.addresses
-    }
-
-    fn policies(&mut self) -> &mut Authorizations {
-        &mut self.policies
+        Self(Mutex::new(writer))
     }
 }
 
@@ -65,7 +43,7 @@ fn outcome(rejected: Vec<Rejected>) -> Result<(), Vec<Rejected>> {
     if rejected.is_empty() { Ok(()) } else { Err(rejected) }
 }
 
-impl Handler<Address> for Addresses {
+impl Handler<Address> for Sources {
     fn handle(&mut self, updates: Vec<Update<Address>>) -> Result<(), Vec<Rejected>> {
         let mut writer = lock(&self.0);
         let mut changes = Vec::with_capacity(updates.len());
@@ -91,13 +69,9 @@ impl Handler<Address> for Addresses {
         let decoded = lock(&self.0).decode(resource);
         decoded.map(drop).map_err(|error| error.to_string())
     }
-
-    fn each_name(&self, say: &mut dyn FnMut(&str)) {
-        lock(&self.0).handle().read(|view| view.each_address_name(say));
-    }
 }
 
-impl Handler<Authorization> for Authorizations {
+impl Handler<Authorization> for Sources {
     fn handle(&mut self, updates: Vec<Update<Authorization>>) -> Result<(), Vec<Rejected>> {
         let mut writer = lock(&self.0);
         let mut changes = Vec::with_capacity(updates.len());
@@ -125,10 +99,6 @@ impl Handler<Authorization> for Authorizations {
         let decoded = lock(&self.0).decode_policy(resource.clone());
         decoded.map(drop).map_err(|error| error.to_string())
     }
-
-    fn each_name(&self, say: &mut dyn FnMut(&str)) {
-        lock(&self.0).handle().read(|view| view.each_policy_name(say));
-    }
 }
 
 /// Reads a file now, and again when it changes.
@@ -136,8 +106,12 @@ impl Handler<Authorization> for Authorizations {
 /// # Errors
 ///
 /// Returns what is wrong with it.
-pub(crate) fn watch(path: &Path, sources: Sources, tasks: &Tasks) -> anyhow::Result<()> {
-    Ok(file::watch(path, sources, tasks)?)
+pub(crate) fn watch(path: &Path, mut sources: Sources, tasks: &Tasks) -> anyhow::Result<()> {
+    let path = path.to_owned();
+    let (loaded, report) = file::load(&Source::Path(path.clone()), &mut sources)?;
+    tracing::info!(path = %path.display(), ?report, "the local file is loaded");
+    tasks.spawn(move |draining| file::watch(path, loaded, sources, draining));
+    Ok(())
 }
 
 /// Reads a text.
@@ -146,5 +120,6 @@ pub(crate) fn watch(path: &Path, sources: Sources, tasks: &Tasks) -> anyhow::Res
 ///
 /// Returns what is wrong with it.
 pub(crate) fn inline(text: &str, mut sources: Sources) -> anyhow::Result<()> {
-    file::load(text.as_bytes(), &mut sources).map_err(|fault| anyhow::anyhow!("LOCAL_XDS: {fault}"))
+    file::load(&Source::Inline(text.to_owned()), &mut sources)?;
+    Ok(())
 }

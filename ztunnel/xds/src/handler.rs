@@ -52,9 +52,6 @@ pub trait Handler<T>: Send {
     fn check(&self, _resource: &T) -> Result<(), String> {
         Ok(())
     }
-
-    /// Says the name of each resource that it holds, so that a file can tell which are gone.
-    fn each_name(&self, _say: &mut dyn FnMut(&str)) {}
 }
 
 /// One handler behind two sources, for instance a file and xDS side by side.
@@ -65,9 +62,5 @@ impl<T, H: Handler<T>> Handler<T> for Arc<Mutex<H>> {
 
     fn check(&self, resource: &T) -> Result<(), String> {
         self.lock().unwrap_or_else(PoisonError::into_inner).check(resource)
-    }
-
-    fn each_name(&self, say: &mut dyn FnMut(&str)) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).each_name(say);
     }
 }

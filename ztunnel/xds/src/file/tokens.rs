@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::hash::Hasher;
 use std::io::Read;
 use std::rc::Rc;
 
@@ -55,6 +56,7 @@ struct Recording {
 pub(super) struct Tokens<'r> {
     parser: Parser<'static, Text<'r>>,
     ended: Ended,
+    print: std::hash::DefaultHasher,
     anchors: HashMap<usize, Rc<[Token]>>,
     recording: Vec<Recording>,
     anchored: usize,
@@ -68,6 +70,7 @@ impl<'r> Tokens<'r> {
         Self {
             parser: Parser::new(Text::new(reader, ended.clone())),
             ended,
+            print: std::hash::DefaultHasher::new(),
             anchors: HashMap::new(),
             recording: Vec::new(),
             anchored: 0,
@@ -114,6 +117,11 @@ impl<'r> Tokens<'r> {
         };
         self.keep(&token, 0)?;
         Ok(token)
+    }
+
+    /// A fingerprint of the tokens since the last call. Stable within this process, layout and comments aside.
+    pub(super) fn fingerprint(&mut self) -> u64 {
+        std::mem::replace(&mut self.print, std::hash::DefaultHasher::new()).finish()
     }
 
     fn event(&mut self) -> Result<(Event<'static>, Place), Box<Fault>> {
@@ -171,8 +179,20 @@ impl<'r> Tokens<'r> {
         token
     }
 
-    /// Adds a token to every anchored value that is still open.
+    /// Adds a token to the fingerprint, and to every anchored value that is still open.
     fn keep(&mut self, token: &Token, anchor: usize) -> Result<(), Box<Fault>> {
+        match &token.kind {
+            Kind::Scalar { text, .. } => {
+                self.print.write(text.as_bytes());
+                self.print.write_u8(0xff); // never within UTF-8: it ends the text
+            }
+            Kind::List => self.print.write_u8(0xfc),
+            Kind::Map => self.print.write_u8(0xfd),
+            Kind::End => self.print.write_u8(0xfe),
+        }
+        if let Some(tag) = &token.tag {
+            self.print.write(tag.as_bytes());
+        }
         if anchor != 0 {
             self.recording.push(Recording { anchor, depth: 0, tokens: Vec::new() });
         }
