@@ -36,26 +36,25 @@ pub(super) struct Device {
 /// What the namespace has.
 #[derive(Clone, Debug)]
 pub(super) struct Surroundings {
-    /// All addresses but loopback ones.
+    /// All addresses but loopback ones, in the kernel's order.
     pub(super) addresses: Vec<IpAddr>,
     /// All devices but lo.
     pub(super) devices: Vec<Device>,
+    /// The names of the devices that have `addresses`, in their order.
+    owners: Vec<String>,
     lo: u32,
 }
 
 impl Surroundings {
     /// Looks around.
     pub(super) fn look() -> io::Result<Self> {
-        let mut addresses: Vec<IpAddr> = getifaddrs()?
-            .filter_map(|interface| {
-                let address = interface.address?;
-                let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
-                v4.or_else(|| address.as_sockaddr_in6().map(|address| address.ip().into()))
-            })
-            .filter(|ip| !ip.is_loopback())
-            .collect();
-        addresses.sort_unstable();
-        addresses.dedup();
+        let owned = getifaddrs()?.filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
+            let ip = v4.or_else(|| address.as_sockaddr_in6().map(|address| address.ip().into()))?;
+            (!ip.is_loopback()).then_some((interface.interface_name, ip))
+        });
+        let (owners, addresses) = owned.unzip();
         let mut lo = mesh_ebpf_common::LOOPBACK_INDEX;
         let mut devices = Vec::new();
         for device in &if_nameindex()? {
@@ -66,17 +65,21 @@ impl Surroundings {
                 devices.push(Device { name, index });
             }
         }
-        Ok(Self { addresses, devices, lo })
+        Ok(Self { addresses, devices, owners, lo })
     }
 
     /// The source of a captured connection that did not choose one. Without it the kernel makes the source
-    /// of a local route the destination.
-    fn source(&self, family: AddressFamily) -> Option<IpAddr> {
-        let mut candidates = self.addresses.iter().copied();
-        candidates.find(|ip| match ip {
+    /// of a local route the destination. A socket that is bound to a device needs that device's address: what
+    /// comes back to another one is shown as that other device's, and the socket never sees it.
+    fn source(&self, family: AddressFamily, device: Option<&str>) -> Option<IpAddr> {
+        let fits = |ip: &IpAddr| match ip {
             IpAddr::V4(ip) => family == AddressFamily::Inet && !ip.is_link_local(),
             IpAddr::V6(ip) => family == AddressFamily::Inet6 && !ip.is_unicast_link_local(),
-        })
+        };
+        let mut owned = self.owners.iter().zip(&self.addresses);
+        let own =
+            owned.find(|(owner, ip)| device == Some(owner.as_str()) && fits(ip)).map(|(_, ip)| ip);
+        own.or_else(|| self.addresses.iter().find(|ip| fits(ip))).copied()
     }
 }
 
@@ -133,9 +136,8 @@ impl Rules {
     /// Routes everything in our table to ourselves, from unbound sockets and from those bound to a device.
     pub(super) fn routes(&mut self, here: &Surroundings) -> io::Result<()> {
         for family in self.families.clone() {
-            let source = here.source(family);
             let (lo, other) = if family == AddressFamily::Inet { (0, 10) } else { (1024, 2000) };
-            match self.route(family, here.lo, source, lo) {
+            match self.route(family, here.lo, here.source(family, None), lo) {
                 Err(error) if family == AddressFamily::Inet6 && is_off(&error) => {
                     self.v6 = false;
                     continue;
@@ -145,6 +147,7 @@ impl Rules {
             self.v6 |= family == AddressFamily::Inet6;
             for device in &here.devices {
                 // By index: a device keeps its metric whatever others come and go.
+                let source = here.source(family, Some(&device.name));
                 match self.route(family, device.index, source, other + device.index) {
                     // A device that is down, or without this family, is no way out; its event comes.
                     Err(error) if is_off(&error) => {

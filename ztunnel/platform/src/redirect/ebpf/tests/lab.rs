@@ -83,6 +83,11 @@ impl Lab {
         run(&format!("ip {family} -n {}-{side} {command}", self.tag));
     }
 
+    /// Runs a command in a namespace.
+    pub(super) fn exec(&self, side: &str, command: &str) {
+        run(&format!("ip netns exec {}-{side} {command}", self.tag));
+    }
+
     /// A folder for pins.
     pub(super) fn pins(&self) -> PathBuf {
         self.folder.path().join("pins")
@@ -129,7 +134,7 @@ pub(super) fn listen(netns: &Netns, at: SocketAddr) -> TcpListener {
         socket.set_reuse_address(true)?;
         if at.is_ipv6() {
             // Beside one of the other family, unless that is what the test is about.
-            socket.set_only_v6(at.port() == 8080)?;
+            socket.set_only_v6(at.port() < 15000)?;
         }
         socket.bind(&at.into())?;
         socket.listen(16)?;
