@@ -6,7 +6,7 @@ use bytes::Bytes;
 use std::{
     error::Error,
     fmt, io,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 use tokio::time::{sleep, timeout};
@@ -137,18 +137,25 @@ pub(crate) fn end_of(error: h2::Error) -> End {
 
 /// The two directions of a stream.
 pub(crate) struct Raw {
-    pub(crate) send: h2::SendStream<Bytes>,
-    pub(crate) recv: Body,
+    send: h2::SendStream<Bytes>,
+    recv: Body,
+    /// Room was asked for, which is then missing from the connection's window.
+    asked: bool,
 }
 
 impl Raw {
-    /// Waits for room to send, of up to `want` bytes.
+    pub(crate) const fn new(send: h2::SendStream<Bytes>, recv: Body) -> Self {
+        Self { send, recv, asked: false }
+    }
+
+    /// Waits for room to send, of up to `want` bytes; none where the peer wants no more.
     pub(crate) fn poll_room(
         &mut self,
         cx: &mut Context<'_>,
         want: usize,
     ) -> Poll<io::Result<usize>> {
         self.send.reserve_capacity(want);
+        self.asked = true;
         loop {
             let room = self.send.capacity();
             if room > 0 {
@@ -157,27 +164,39 @@ impl Raw {
             match ready!(self.send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(cut(error))),
-                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+                None => return Poll::Ready(self.closed().map(|()| 0)),
             }
         }
     }
 
+    /// What is sent to who wants no more is dropped.
     pub(crate) fn send(&mut self, data: Bytes, last: bool) -> io::Result<()> {
-        self.send.send_data(data, last).map_err(cut)
+        self.send.send_data(data, last).or_else(|_| self.closed())
     }
 
-    /// Gives up room that was asked for and is not used.
-    pub(crate) fn keep_no_room(&mut self) {
-        self.send.reserve_capacity(0);
-    }
-
-    /// Whether the peer has reset the stream: it wants no more.
-    pub(crate) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        match ready!(self.send.poll_reset(cx)) {
-            Ok(h2::Reason::NO_ERROR) => Poll::Ready(io::ErrorKind::BrokenPipe.into()),
-            Ok(reason) => Poll::Ready(cut(reason.into())),
-            Err(error) => Poll::Ready(cut(error)),
+    /// Why nothing can be sent: fine where the peer wants no more.
+    fn closed(&mut self) -> io::Result<()> {
+        match self.poll_reset(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(why) => why,
+            Poll::Pending => Err(io::ErrorKind::BrokenPipe.into()),
         }
+    }
+
+    /// Gives back room that was asked for and is not used: others of the connection have need of it.
+    pub(crate) fn keep_no_room(&mut self) {
+        if self.asked {
+            self.asked = false;
+            self.send.reserve_capacity(0);
+        }
+    }
+
+    /// Ready once the peer takes no more: having heard enough, or cut off.
+    pub(crate) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(match ready!(self.send.poll_reset(cx)) {
+            Ok(h2::Reason::NO_ERROR) => Ok(()),
+            Ok(reason) => Err(cut(reason.into())),
+            Err(error) => Err(cut(error)),
+        })
     }
 
     pub(crate) fn reset(&mut self) {

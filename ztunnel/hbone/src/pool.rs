@@ -213,7 +213,7 @@ impl Pool {
         let Some(send) = pending.0.take() else {
             return Ok(Err(Failure::local(Reason::Reset)));
         };
-        let stream = Stream::new(Raw { send, recv }, Some(count));
+        let stream = Stream::new(Raw::new(send, recv), Some(count));
         let certificates = Arc::clone(&tunnel.certificates);
         Ok(Ok(Opened { stream, head, certificates }))
     }

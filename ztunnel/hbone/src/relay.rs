@@ -74,6 +74,10 @@ impl Direction {
                 Poll::Pending => return self.idle(sink, cx),
             }
             let room = ready!(sink.poll_room(cx)).map_err(|error| (At::Sink, error))?;
+            if room == 0 {
+                self.done = true;
+                return Poll::Ready(Ok(()));
+            }
             match source.take(room).map_err(|error| (At::Source, error))? {
                 Taken::Chunk(chunk) => {
                     self.given = chunk.len();
@@ -88,16 +92,17 @@ impl Direction {
         Poll::Pending
     }
 
-    /// Nothing to move: all there is to learn is that the sink wants no more.
+    /// Nothing to move: all there is to learn is that the sink takes no more. Having heard enough, it ends
+    /// the direction, and what the source still says goes nowhere.
     fn idle(
         &mut self,
         sink: &mut impl Duplex,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), (At, io::Error)>> {
-        match sink.poll_cut(cx) {
-            Poll::Ready(error) => Poll::Ready(Err((At::Sink, error))),
-            Poll::Pending => Poll::Pending,
-        }
+        sink.keep_no_room();
+        ready!(sink.poll_cut(cx)).map_err(|error| (At::Sink, error))?;
+        self.done = true;
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -177,3 +182,6 @@ where
 {
     Relay { down, up, meter, outward: Direction::default(), inward: Direction::default() }
 }
+
+#[cfg(test)]
+mod tests;

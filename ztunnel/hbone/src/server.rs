@@ -4,12 +4,13 @@ use crate::{
     Settings, Stream,
     engine::{self, Http2Error, Raw, Responder, keep_alive},
     request::{BadRequest, ResponseHead, TunnelRequest},
-    tls::TlsStream,
+    tls::{HANDSHAKE_TIMEOUT, TlsStream},
 };
 use http::{Response, StatusCode};
 use mesh_core::{Failure, Reason};
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use std::{fmt, net::TcpStream, pin::Pin, sync::Arc};
+use tokio::time::timeout;
 
 /// A tunnel that came to us. It moves only while somebody waits for its next stream.
 pub struct Connection {
@@ -38,8 +39,10 @@ pub async fn handshake(
         .map_err(|error| Failure::downstream(Reason::Reset, error))?;
     let io = TlsStream::accept(io, tls).await.map_err(crate::HandshakeError::downstream)?;
     let certificates = io.peer_certificates().to_vec();
-    let mut inner = engine::accept(io, settings)
+    // Who shakes hands and then says nothing is not waited for either.
+    let mut inner = timeout(HANDSHAKE_TIMEOUT, engine::accept(io, settings))
         .await
+        .map_err(|_elapsed| crate::HandshakeError::Late.downstream())?
         .map_err(|error| Failure::downstream(Reason::Http2, error))?;
     let pings = inner.ping_pong();
     let alive = keep_alive(pings, settings.ping_interval, settings.ping_timeout);
@@ -77,6 +80,7 @@ impl Connection {
             }
             dead = &mut self.alive => {
                 self.inner.abrupt_shutdown(engine::NO_ERROR);
+                self.alive = Box::pin(std::future::pending());
                 Some(Err(Failure::downstream(Reason::Http2, dead)))
             }
         }
@@ -115,7 +119,7 @@ impl Incoming {
     /// Returns an error where the stream is gone.
     pub fn accept(mut self, head: &ResponseHead) -> Result<Stream, Http2Error> {
         let send = self.responder.send_response(head.to_http(), false).map_err(engine::failed)?;
-        Ok(Stream::new(Raw { send, recv: self.body }, None))
+        Ok(Stream::new(Raw::new(send, self.body), None))
     }
 
     /// Answers with another status than 200, and ends the stream.

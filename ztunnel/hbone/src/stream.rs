@@ -35,10 +35,11 @@ pub trait Duplex: Send {
     /// The chunk that was taken last has gone to the other side: its sender may send as much again.
     fn release(&mut self, bytes: usize);
 
-    /// Waits until [`give`](Self::give) may be called, and for how many bytes.
+    /// Waits until [`give`](Self::give) may be called, and for how many bytes; none where the other side has
+    /// heard enough.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>>;
 
-    /// Room that was waited for is not used.
+    /// Room that was waited for is not needed any more.
     fn keep_no_room(&mut self);
 
     /// Sends a chunk that there is room for.
@@ -61,8 +62,8 @@ pub trait Duplex: Send {
     /// Cuts both directions off, so that the other side sees no clean end.
     fn reset(&mut self);
 
-    /// Ready where the other side has cut off the direction to it.
-    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Error>;
+    /// Ready where the other side takes no more: an error where it has cut off, else it has heard enough.
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 }
 
 /// What there was to take.
@@ -82,7 +83,6 @@ pub struct Stream {
     next: Option<Bytes>,
     ended: bool,
     finished: bool,
-    over: bool,
     /// Counts the stream among those of its tunnel.
     _count: Option<Counted>,
 }
@@ -112,14 +112,14 @@ impl fmt::Debug for Stream {
 
 impl Stream {
     pub(crate) const fn new(raw: Raw, count: Option<Counted>) -> Self {
-        Self { raw, next: None, ended: false, finished: false, over: false, _count: count }
+        Self { raw, next: None, ended: false, finished: false, _count: count }
     }
 }
 
 impl Drop for Stream {
     /// A stream that is dropped before its end was cut off.
     fn drop(&mut self) {
-        if !self.over && !(self.ended && self.finished) {
+        if !self.ended || !self.finished {
             self.raw.reset();
         }
     }
@@ -169,21 +169,15 @@ impl Duplex for Stream {
 
     fn finish(&mut self) -> io::Result<()> {
         self.finished = true;
-        match self.raw.send(Bytes::new(), true) {
-            // Who has heard enough does not mind.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            other => other,
-        }
+        self.raw.send(Bytes::new(), true)
     }
 
     fn reset(&mut self) {
-        if !self.over {
-            self.over = true;
-            self.raw.reset();
-        }
+        (self.ended, self.finished) = (true, true);
+        self.raw.reset();
     }
 
-    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.finished {
             return Poll::Pending;
         }
@@ -289,7 +283,7 @@ impl Duplex for Tcp {
         let _closed_already = socket2::SockRef::from(&self.io).set_linger(zero);
     }
 
-    fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<io::Error> {
+    fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         // A reset shows as an error of reading.
         Poll::Pending
     }

@@ -28,13 +28,16 @@ use tokio::{
 };
 
 /// How long a handshake may take. Istio's proxy waits for ever, and so do those who flood it.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The plaintext of a full record, in bytes.
 const RECORD: usize = 16 * 1024;
 
 /// What encryption adds to a record, at most: header, type, tag.
 const OVERHEAD: usize = 5 + 1 + 16;
+
+/// What the session may put before our data unasked, in bytes: a KeyUpdate and alerts.
+const UNASKED: usize = 256;
 
 enum Session {
     Client(UnbufferedClientConnection),
@@ -55,7 +58,6 @@ pub(crate) struct TlsStream {
     outgoing: Option<Buffer>,
     sent: usize,
     filled: usize,
-    /// What the handshake sends beyond a buffer.
     peer_closed: bool,
     close_sent: bool,
 }
@@ -189,9 +191,7 @@ impl TlsStream {
                     return Poll::Ready(Err(HandshakeError::Io(eof)));
                 }
                 Err(error) => {
-                    // The alert goes first; whether it arrives changes nothing.
-                    let _best_effort = self.step(None);
-                    let _best_effort = self.poll_send(cx);
+                    self.send_alert(cx);
                     return Poll::Ready(Err(HandshakeError::Tls(error)));
                 }
             }
@@ -207,6 +207,12 @@ impl TlsStream {
         .unwrap_or_default()
     }
 
+    /// Says why the session failed; whether that arrives changes nothing.
+    fn send_alert(&mut self, cx: &mut Context<'_>) {
+        while let Ok(Step::Again) = self.step(None) {}
+        let _best_effort = self.poll_send(cx);
+    }
+
     /// Has the session look at what was received; plaintext goes to `into` as far as it fits.
     fn step(&mut self, into: Option<&mut ReadBuf<'_>>) -> Result<Step, rustls::Error> {
         let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
@@ -217,11 +223,13 @@ impl TlsStream {
         let (discard, step) = match session {
             Session::Client(session) => {
                 let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
-                (discard, state.map(|state| take(state, Taken { into, plain }, outgoing, filled)))
+                let taken = Taken { into, plain };
+                (discard, state.and_then(|state| take(state, taken, outgoing, filled)))
             }
             Session::Server(session) => {
                 let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
-                (discard, state.map(|state| take(state, Taken { into, plain }, outgoing, filled)))
+                let taken = Taken { into, plain };
+                (discard, state.and_then(|state| take(state, taken, outgoing, filled)))
             }
         };
         *at += discard;
@@ -289,7 +297,7 @@ impl TlsStream {
 
     /// Room for plaintext in the outgoing buffer, in bytes.
     fn room(&self) -> usize {
-        let free = crate::buffers::SIZE - self.filled;
+        let free = crate::buffers::SIZE.saturating_sub(self.filled + UNASKED);
         let records = free / (RECORD + OVERHEAD);
         let rest = (free % (RECORD + OVERHEAD)).saturating_sub(OVERHEAD);
         records * RECORD + rest
@@ -297,8 +305,7 @@ impl TlsStream {
 
     /// Encrypts into the outgoing buffer, which has room for it.
     fn encrypt(&mut self, data: &[u8]) -> io::Result<()> {
-        while !self.open(|traffic, out| traffic.encrypt(data, out))? {}
-        Ok(())
+        self.open(|traffic, out| traffic.encrypt(data, out))
     }
 
     /// Says that we send no more; where the session cannot, the end of the stream says less.
@@ -306,17 +313,36 @@ impl TlsStream {
         let _less = self.open(|traffic, out| traffic.close_notify(out));
     }
 
-    /// Does something in the state in which data may be sent; false where something else came first.
+    /// Does something in the state in which data may be sent. What was received comes first: it is kept,
+    /// and is no more than the buffer that it was received into.
     fn open(
         &mut self,
-        write: impl FnOnce(&mut Open<'_, '_>, &mut [u8]) -> Result<usize, EncryptError>,
-    ) -> io::Result<bool> {
+        write: impl Fn(&mut Open<'_, '_>, &mut [u8]) -> Result<usize, EncryptError>,
+    ) -> io::Result<()> {
+        loop {
+            match self.try_open(&write)? {
+                Step::Open => return Ok(()),
+                Step::Again | Step::Plain => {}
+                Step::PeerClosed if self.peer_closed => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                // It is said once: whoever reads next has to know. We may still send.
+                Step::PeerClosed => self.peer_closed = true,
+                Step::Blocked => return Err(io::ErrorKind::NotConnected.into()),
+            }
+        }
+    }
+
+    fn try_open(
+        &mut self,
+        write: impl Fn(&mut Open<'_, '_>, &mut [u8]) -> Result<usize, EncryptError>,
+    ) -> io::Result<Step> {
         let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
         let received = incoming
             .as_mut()
             .and_then(|buffer| buffer.bytes_mut().get_mut(*at..*end))
             .unwrap_or_default();
-        let mut done = false;
+        let step;
         macro_rules! look {
             ($session:expr, $open:path) => {{
                 let UnbufferedStatus { discard, state, .. } =
@@ -327,10 +353,11 @@ impl TlsStream {
                         let out = out.bytes_mut().get_mut(*filled..).unwrap_or_default();
                         *filled +=
                             write(&mut $open(&mut traffic), out).map_err(io::Error::other)?;
-                        done = true;
+                        step = Step::Open;
                     }
                     state => {
-                        let _step = take(state, Taken { into: None, plain }, outgoing, filled);
+                        let taken = Taken { into: None, plain };
+                        step = take(state, taken, outgoing, filled).map_err(invalid)?;
                     }
                 }
                 discard
@@ -344,7 +371,7 @@ impl TlsStream {
             (*at, *end) = (0, 0);
             *incoming = None;
         }
-        Ok(done)
+        Ok(step)
     }
 }
 
@@ -399,8 +426,8 @@ fn take<Data>(
     mut taken: Taken<'_, '_>,
     outgoing: &mut Option<Buffer>,
     filled: &mut usize,
-) -> Step {
-    match state {
+) -> Result<Step, rustls::Error> {
+    Ok(match state {
         ConnectionState::ReadTraffic(mut traffic) => {
             while let Some(Ok(record)) = traffic.next_record() {
                 taken.put(record.payload);
@@ -412,9 +439,11 @@ fn take<Data>(
             let out = buffer.bytes_mut().get_mut(*filled..).unwrap_or_default();
             match data.encode(out) {
                 Ok(count) => *filled += count,
-                // A flight of a handshake is far smaller than a buffer; a session that says otherwise
-                // is stuck, and the handshake's deadline ends it.
-                Err(EncodeError::InsufficientSize(_) | EncodeError::AlreadyEncoded) => {}
+                // A flight of a handshake is far smaller than a buffer, and later alerts have their own
+                // room. The session has forgotten what did not fit: it is of no more use.
+                Err(error @ (EncodeError::InsufficientSize(_) | EncodeError::AlreadyEncoded)) => {
+                    return Err(rustls::Error::General(error.to_string()));
+                }
             }
             Step::Again
         }
@@ -427,7 +456,7 @@ fn take<Data>(
         ConnectionState::PeerClosed | ConnectionState::Closed => Step::PeerClosed,
         // Early data is never offered nor taken.
         _ => Step::Blocked,
-    }
+    })
 }
 
 impl AsyncRead for TlsStream {
@@ -456,13 +485,17 @@ impl AsyncRead for TlsStream {
             if into.remaining() == 0 {
                 return Poll::Ready(Ok(()));
             }
-            match this.step(Some(into)).map_err(invalid)? {
-                Step::Again | Step::Plain => continue,
-                Step::PeerClosed => {
+            match this.step(Some(into)) {
+                Ok(Step::Again | Step::Plain) => continue,
+                Ok(Step::PeerClosed) => {
                     this.peer_closed = true;
                     continue;
                 }
-                Step::Blocked | Step::Open => {}
+                Ok(Step::Blocked | Step::Open) => {}
+                Err(error) => {
+                    this.send_alert(cx);
+                    return Poll::Ready(Err(invalid(error)));
+                }
             }
             if !into.filled().is_empty() {
                 return Poll::Ready(Ok(()));
@@ -490,6 +523,9 @@ impl AsyncWrite for TlsStream {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
+        if this.close_sent {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
         if this.room() < RECORD {
             ready!(this.poll_send(cx))?;
         }
