@@ -15,7 +15,7 @@ use std::{
 use anyhow::Context as _;
 use mesh_core::{Failure, NetworkId, Reason, SpiffeId};
 use mesh_hbone::{
-    Authority, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest, relay,
+    Authority, Dialing, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest, relay,
     server::{self, Incoming},
 };
 use mesh_identity::{
@@ -88,9 +88,10 @@ impl Near {
     async fn serve(&self, stream: TcpStream) -> anyhow::Result<()> {
         stream.set_nodelay(true)?;
         let request = TunnelRequest::to(Authority::Addr(self.to));
-        // Owns what it needs: the compiler cannot see that a borrowing one is `Send`.
         let (to, tls) = (self.key.to, self.certificate.client_config(&self.key.expect));
-        let dial = move || ready(dial(to).map(|stream| (stream, Arc::clone(&tls))));
+        let dial = || -> Dialing<'_> {
+            Box::pin(ready(dial(to).map(|stream| (stream, Arc::clone(&tls)))))
+        };
         let opened = self.pool.open(&self.key, &request, dial).await?;
         Ok(relay(Tcp::new(stream)?, opened.stream, &()).await?)
     }

@@ -33,7 +33,7 @@ pub fn dispatch() -> Option<ExitCode> {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let name = arguments.first().map(Path::new).and_then(Path::file_name);
     if name.is_some_and(|name| name == ZTUNNEL) {
-        return Some(ExitCode::FAILURE);
+        return Some(ztunnel::main());
     }
     if let Ok(exe) = std::env::current_exe() {
         let _set = SELF.set(exe);

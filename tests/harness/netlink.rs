@@ -106,6 +106,21 @@ impl Netlink {
             .with_context(|| format!("cannot give {device} address {ip}/{prefix}"))
     }
 
+    /// Has this machine take what is sent to the address, without making it one of its own.
+    pub(crate) fn taken(&self, ip: IpAddr) -> Result<()> {
+        let mut route = RouteMessage::default();
+        route.header.address_family = family(ip);
+        route.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
+        route.header.table = RouteHeader::RT_TABLE_MAIN;
+        route.header.protocol = RouteProtocol::Static;
+        route.header.kind = RouteType::Local;
+        route.header.scope = RouteScope::Host;
+        route.attributes.push(RouteAttribute::Oif(index("lo")?));
+        route.attributes.push(RouteAttribute::Destination(RouteAddress::from(ip)));
+        self.ask(RouteNetlinkMessage::NewRoute(route), NEW)
+            .with_context(|| format!("cannot add a local route to {ip}"))
+    }
+
     /// To `prefix` by the gateway or, without, directly on the device.
     pub(crate) fn route(
         &self,

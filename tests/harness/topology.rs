@@ -119,7 +119,9 @@ impl Lab {
     pub fn node(&self, name: &str) -> Result<Node> {
         let number = u8::try_from(self.nodes().len() + 1).context("too many nodes")?;
         let namespace = Namespace::create(&self.0.instance.name(name))?;
-        for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        let forward = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];
+        // So that a probe can be sent from an address that is not the node's.
+        for key in forward.into_iter().chain(["ipv4/ip_nonlocal_bind", "ipv6/ip_nonlocal_bind"]) {
             namespace.sysctl(key, "1")?;
         }
         let port = format!("n{number}");
@@ -138,9 +140,10 @@ impl Lab {
             let netlink = Netlink::open()?;
             netlink.address("eth0", v4, 24)?;
             netlink.address("eth0", v6, 64)?;
-            // Where istio-cni would have kubelet's probes come from.
-            netlink.address("lo", PROBE.0, 32)?;
-            netlink.address("lo", PROBE.1, 128)?;
+            // Where istio-cni would have kubelet's probes come from. No addresses of the node: what is one
+            // of its own could be anybody's, and the node proxy refuses to let that pass.
+            netlink.taken(PROBE.0)?;
+            netlink.taken(PROBE.1)?;
             netlink.up("eth0")?;
             netlink.route((IpAddr::from([0; 4]), 0), Some(GATEWAY.0), "eth0")?;
             netlink.route((IpAddr::from([0; 16]), 0), Some(GATEWAY.1), "eth0")

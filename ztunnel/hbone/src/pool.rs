@@ -1,7 +1,8 @@
 //! The tunnels of one pod, by where they lead and on whose behalf.
 //!
 //! One slot a key. The slot's lock is the single flight: who holds it makes the tunnel, who waits for it
-//! finds the tunnel made. An empty slot is removed.
+//! finds the tunnel made, or shares the failure to make it. A slot without tunnels goes with the last who
+//! uses it.
 
 use crate::{
     Settings, Stream,
@@ -11,11 +12,12 @@ use crate::{
     tls::TlsStream,
 };
 use http::StatusCode;
-use mesh_core::{Failure, NetworkId, Reason, SpiffeId};
+use mesh_core::{Failure, NetworkId, Reason, Side, SpiffeId};
 use mesh_runtime::tasks::{Draining, Tasks};
 use rustls::{ClientConfig, pki_types::CertificateDer};
 use std::{
     collections::HashMap,
+    error::Error,
     fmt,
     net::{IpAddr, SocketAddr, TcpStream},
     pin::Pin,
@@ -69,6 +71,31 @@ type Slots = Arc<Mutex<HashMap<PoolKey, Arc<Slot>>>>;
 struct Slot {
     making: tokio::sync::Mutex<()>,
     tunnels: Mutex<Vec<Tunnel>>,
+    failed: Mutex<Failed>,
+}
+
+/// Failures to make a tunnel: how many, and the last. Who waited while it happened does not try again:
+/// else the last in a long line would wait for as many timeouts.
+#[derive(Default)]
+struct Failed {
+    count: u64,
+    last: Option<(Side, Reason, Option<Shared>)>,
+}
+
+/// The cause of several failures.
+#[derive(Clone, Debug)]
+struct Shared(Arc<dyn Error + Send + Sync>);
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for Shared {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
 }
 
 /// One tunnel, as those who open streams on it see it.
@@ -108,6 +135,50 @@ impl Slot {
     fn forget(&self, streams: &Arc<AtomicUsize>) {
         lock(&self.tunnels).retain(|tunnel| !Arc::ptr_eq(&tunnel.streams, streams));
     }
+
+    fn failures(&self) -> u64 {
+        lock(&self.failed).count
+    }
+
+    /// The last failure, if it is later than those.
+    fn failed_since(&self, count: u64) -> Option<Failure> {
+        let failed = lock(&self.failed);
+        let (side, reason, source) = failed.last.clone().filter(|_| failed.count > count)?;
+        Some(Failure { side, reason, source: source.map(|shared| Box::new(shared) as Box<_>) })
+    }
+
+    /// Shares a failure with those who wait.
+    fn fail(&self, failure: Failure) -> Failure {
+        let before = {
+            let mut failed = lock(&self.failed);
+            let Failure { side, reason, source } = failure;
+            failed.last = Some((side, reason, source.map(|source| Shared(Arc::from(source)))));
+            failed.count += 1;
+            failed.count - 1
+        };
+        self.failed_since(before).unwrap_or_else(|| Failure::local(Reason::Connect))
+    }
+}
+
+/// A slot in use. Dropped, it takes the slot with it if that is empty and nobody else's.
+struct Lease<'a> {
+    slots: &'a Mutex<HashMap<PoolKey, Arc<Slot>>>,
+    key: &'a PoolKey,
+    slot: Option<Arc<Slot>>,
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        let mut slots = lock(self.slots);
+        self.slot = None;
+        // Under the lock of the map nobody can come by another one.
+        let unused = slots
+            .get(self.key)
+            .is_some_and(|slot| Arc::strong_count(slot) == 1 && lock(&slot.tunnels).is_empty());
+        if unused {
+            slots.remove(self.key);
+        }
+    }
 }
 
 impl Pool {
@@ -131,11 +202,16 @@ impl Pool {
         Arc::clone(slots.entry(key.clone()).or_default())
     }
 
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
+        lock(&self.slots).is_empty()
+    }
+
     /// Opens a stream, on a tunnel that is there or on a new one, which `dial` connects.
     ///
     /// # Errors
     ///
-    /// Returns a failure of the upstream side, or what `dial` returns.
+    /// Returns a failure of the upstream side, or what `dial` returned, to whoever waited for it.
     ///
     /// # Cancel safety
     ///
@@ -146,19 +222,35 @@ impl Pool {
         request: &TunnelRequest,
         dial: impl Fn() -> Dialing<'d> + Send + Sync,
     ) -> Result<Opened, Failure> {
+        // Declared first, dropped last.
+        let mut lease = Lease { slots: &self.slots, key, slot: None };
         let slot = self.slot(key);
+        let opened = self.open_in(key, &slot, request, dial).await;
+        lease.slot = Some(slot);
+        opened
+    }
+
+    async fn open_in<'d>(
+        &self,
+        key: &PoolKey,
+        slot: &Arc<Slot>,
+        request: &TunnelRequest,
+        dial: impl Fn() -> Dialing<'d> + Send + Sync,
+    ) -> Result<Opened, Failure> {
         loop {
             let (tunnel, count, fresh) = match slot.usable(self.most()) {
                 Some((tunnel, count)) => (tunnel, count, false),
                 None => {
-                    let making = slot.making.lock().await;
+                    let failures = slot.failures();
+                    let _making = slot.making.lock().await;
                     match slot.usable(self.most()) {
                         Some((tunnel, count)) => (tunnel, count, false),
                         None => {
-                            let made = self.make(key, &slot, dial()).await;
-                            drop(making);
-                            let tunnel = made.inspect_err(|_| self.sweep(key))?;
-                            let count = Counted::new(&tunnel.streams);
+                            if let Some(failure) = slot.failed_since(failures) {
+                                return Err(failure);
+                            }
+                            let made = self.make(key, slot, dial()).await;
+                            let (tunnel, count) = made.map_err(|failure| slot.fail(failure))?;
                             (tunnel, count, true)
                         }
                     }
@@ -170,7 +262,6 @@ impl Pool {
                 Err(error) => {
                     slot.forget(&tunnel.streams);
                     if fresh {
-                        self.sweep(key);
                         return Err(Failure::upstream(Reason::Http2, error));
                     }
                 }
@@ -223,7 +314,7 @@ impl Pool {
         key: &PoolKey,
         slot: &Arc<Slot>,
         dialing: Dialing<'_>,
-    ) -> Result<Tunnel, Failure> {
+    ) -> Result<(Tunnel, Counted), Failure> {
         let (stream, tls) = dialing.await?;
         let io = tokio::net::TcpStream::from_std(stream)
             .map_err(|error| Failure::upstream(Reason::Connect, error))?;
@@ -238,6 +329,8 @@ impl Pool {
             used: Arc::new(Mutex::new(Instant::now())),
             certificates,
         };
+        // Counted before others see it.
+        let count = Counted::new(&tunnel.streams);
         lock(&slot.tunnels).push(tunnel.clone());
         let watched = Watched {
             key: key.clone(),
@@ -248,23 +341,7 @@ impl Pool {
             settings: Arc::clone(&self.settings),
         };
         self.tasks.spawn(move |draining| watched.drive(connection, draining));
-        Ok(tunnel)
-    }
-
-    /// Removes the slot if nobody is using it.
-    fn sweep(&self, key: &PoolKey) {
-        sweep(&self.slots, key);
-    }
-}
-
-fn sweep(slots: &Mutex<HashMap<PoolKey, Arc<Slot>>>, key: &PoolKey) {
-    let mut slots = lock(slots);
-    let empty = slots.get(key).is_some_and(|slot| {
-        // Ours, and the map's: whoever waits holds another.
-        Arc::strong_count(slot) <= 2 && lock(&slot.tunnels).is_empty()
-    });
-    if empty {
-        slots.remove(key);
+        Ok((tunnel, count))
     }
 }
 
@@ -322,11 +399,10 @@ impl Watched {
     }
 
     fn forget(&self) {
-        if let Some(slot) = self.slot.upgrade() {
-            slot.forget(&self.streams);
-        }
+        let Some(slot) = self.slot.upgrade() else { return };
+        slot.forget(&self.streams);
         if let Some(slots) = self.slots.upgrade() {
-            sweep(&slots, &self.key);
+            drop(Lease { slots: &slots, key: &self.key, slot: Some(slot) });
         }
     }
 
@@ -349,3 +425,6 @@ impl Watched {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
