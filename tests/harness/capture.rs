@@ -53,6 +53,8 @@ pub struct Seen {
 /// One direction of a connection.
 #[derive(Clone, Debug, Default)]
 struct Flow {
+    /// Its beginning was seen.
+    began: bool,
     next: u32,
     /// Bytes that the record in hand still has.
     left: usize,
@@ -154,7 +156,8 @@ impl Seen {
         let key = (segment.from, segment.to);
         let flow = self.flows.entry(key).or_default();
         if segment.flags & SYN != 0 {
-            *flow = Flow { next: segment.sequence.wrapping_add(1), ..Flow::default() };
+            let next = segment.sequence.wrapping_add(1);
+            *flow = Flow { next, began: true, ..Flow::default() };
             return;
         }
         // The same packet passes several devices; a flow that began before us starts here.
@@ -195,7 +198,8 @@ impl Flow {
             }
             if let &[kind, 3, minor, high, low] = self.header.as_slice() {
                 let length = usize::from(u16::from_be_bytes([high, low]));
-                let first = self.records > 0 || kind == 22;
+                // A tunnel that was there before us shows no handshake.
+                let first = self.records > 0 || kind == 22 || !self.began;
                 self.broken = !(20..=23).contains(&kind)
                     || !(1..=3).contains(&minor)
                     || length > (16 << 10) + 256
