@@ -161,7 +161,7 @@ fn closed_without_a_proxy_and_adopted_by_the_next() {
             assert!(accept_none(&server) && accept_none(&app));
         }
         // As a crash does: nothing is withdrawn.
-        drop((listeners, pod, redirect));
+        lab::close((listeners, pod, redirect));
         for Family { pod: own, peer, any } in FAMILIES {
             let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
             let app = listen(&lab.pod, SocketAddr::new(any, 8080));
@@ -196,7 +196,7 @@ fn closed_without_a_proxy_and_without_pins() {
             accept(&listeners.outbound);
             assert!(accept_none(&server));
         }
-        drop((listeners, pod));
+        lab::close((listeners, pod));
         for Family { pod: own, peer, any } in FAMILIES {
             let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
             assert!(

@@ -7,7 +7,8 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -121,9 +122,26 @@ impl Drop for Lab {
     }
 }
 
+/// Held while a process is made: until it runs its program it holds all that this process has open.
+fn forking() -> MutexGuard<'static, ()> {
+    static FORKING: Mutex<()> = Mutex::new(());
+    FORKING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Drops it, so that it is really closed: no child of another test holds it a moment longer.
+pub(super) fn close<T>(it: T) {
+    let _guard = forking();
+    drop(it);
+}
+
 fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    let mut program = Command::new(words.next().unwrap());
+    program.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let guard = forking();
+    let child = program.spawn().unwrap();
+    drop(guard);
+    let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
