@@ -132,7 +132,12 @@ impl Pod {
         let Some(listeners) = self.sockets.take_listeners() else { return };
         let worker = self.shared.workers.next();
         let follow = self.sockets.follow();
-        self.tasks.spawn_on(worker, |_| follow);
+        self.tasks.spawn_on(worker, |draining| async move {
+            tokio::select! {
+                () = follow => {}
+                () = draining.stopping() => {}
+            }
+        });
         let pod = Arc::clone(self);
         self.tasks.spawn_on(worker, |draining| async move { pod.warm(draining).await });
         self.accept(Door::Outbound, listeners.outbound, outbound::accepted);

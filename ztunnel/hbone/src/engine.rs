@@ -1,11 +1,14 @@
 //! HTTP/2 framing. Private, and the only module that names the crate that does it, so that another can
 //! take its place.
 
-use crate::{Settings, tls::TlsStream};
+use crate::{
+    Settings,
+    error::{Dead, Http2Error},
+    tls::TlsStream,
+};
 use bytes::Bytes;
 use std::{
-    error::Error,
-    fmt, io,
+    io,
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -29,20 +32,8 @@ const LOCAL_RESETS: usize = 1024;
 /// Reset streams that are remembered.
 const REMEMBERED_RESETS: usize = 50;
 
-/// The HTTP/2 connection failed. In Istio's words.
-#[derive(Debug)]
-pub struct Http2Error(h2::Error);
-
-impl fmt::Display for Http2Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "h2 failed: {}", self.0)
-    }
-}
-
-impl Error for Http2Error {}
-
 pub(crate) fn failed(error: h2::Error) -> Http2Error {
-    Http2Error(error)
+    Http2Error::new(error)
 }
 
 pub(crate) async fn connect(
@@ -83,18 +74,6 @@ pub(crate) async fn accept(
         .map_err(failed)
 }
 
-/// The peer did not answer a PING.
-#[derive(Clone, Copy, Debug)]
-pub struct Dead(Duration);
-
-impl fmt::Display for Dead {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the peer has not answered a PING for {:?}", self.0)
-    }
-}
-
-impl Error for Dead {}
-
 /// Pings the peer until it does not answer in time.
 pub(crate) async fn keep_alive(
     pings: Option<h2::PingPong>,
@@ -108,7 +87,7 @@ pub(crate) async fn keep_alive(
             Ok(Ok(_pong)) => {}
             // The connection has ended, as whoever drives it sees.
             Ok(Err(_)) => return std::future::pending().await,
-            Err(_elapsed) => return Dead(patience),
+            Err(_elapsed) => return Dead::after(patience),
         }
     }
 }

@@ -160,18 +160,16 @@ impl Slot {
     }
 }
 
-/// A slot in use. Dropped, it takes the slot with it if that is empty and nobody else's.
-struct Lease<'a> {
+/// Dropped after a use of a slot, it takes the slot with it if that is empty and nobody else's.
+struct Sweep<'a> {
     slots: &'a Mutex<HashMap<PoolKey, Arc<Slot>>>,
     key: &'a PoolKey,
-    slot: Option<Arc<Slot>>,
 }
 
-impl Drop for Lease<'_> {
+impl Drop for Sweep<'_> {
     fn drop(&mut self) {
         let mut slots = lock(self.slots);
-        self.slot = None;
-        // Under the lock of the map nobody can come by another one.
+        // Under this lock nobody comes by another reference, and of several users the last finds one left.
         let unused = slots
             .get(self.key)
             .is_some_and(|slot| Arc::strong_count(slot) == 1 && lock(&slot.tunnels).is_empty());
@@ -222,12 +220,10 @@ impl Pool {
         request: &TunnelRequest,
         dial: impl Fn() -> Dialing<'d> + Send + Sync,
     ) -> Result<Opened, Failure> {
-        // Declared first, dropped last.
-        let mut lease = Lease { slots: &self.slots, key, slot: None };
+        // Declared first, dropped last, even where the caller gives up.
+        let _sweep = Sweep { slots: &self.slots, key };
         let slot = self.slot(key);
-        let opened = self.open_in(key, &slot, request, dial).await;
-        lease.slot = Some(slot);
-        opened
+        self.open_in(key, &slot, request, dial).await
     }
 
     async fn open_in<'d>(
@@ -279,7 +275,7 @@ impl Pool {
         tunnel: &Tunnel,
         request: &TunnelRequest,
         count: Counted,
-    ) -> Result<Result<Opened, Failure>, engine::Http2Error> {
+    ) -> Result<Result<Opened, Failure>, crate::Http2Error> {
         let head = match request.to_http() {
             Ok(head) => head,
             Err(error) => return Ok(Err(Failure::local_because(Reason::Malformed, error))),
@@ -399,10 +395,10 @@ impl Watched {
     }
 
     fn forget(&self) {
-        let Some(slot) = self.slot.upgrade() else { return };
-        slot.forget(&self.streams);
-        if let Some(slots) = self.slots.upgrade() {
-            drop(Lease { slots: &slots, key: &self.key, slot: Some(slot) });
+        let Some(slots) = self.slots.upgrade() else { return };
+        let _sweep = Sweep { slots: &slots, key: &self.key };
+        if let Some(slot) = self.slot.upgrade() {
+            slot.forget(&self.streams);
         }
     }
 

@@ -2,7 +2,8 @@
 
 use crate::{
     Settings, Stream,
-    engine::{self, Http2Error, Raw, Responder, keep_alive},
+    engine::{self, Raw, Responder, keep_alive},
+    error::{Dead, Http2Error},
     request::{BadRequest, ResponseHead, TunnelRequest},
     tls::{HANDSHAKE_TIMEOUT, TlsStream},
 };
@@ -16,7 +17,7 @@ use tokio::time::timeout;
 pub struct Connection {
     inner: engine::ServerConnection,
     certificates: Vec<CertificateDer<'static>>,
-    alive: Pin<Box<dyn Future<Output = engine::Dead> + Send>>,
+    alive: Pin<Box<dyn Future<Output = Dead> + Send>>,
 }
 
 impl fmt::Debug for Connection {

@@ -130,6 +130,8 @@ pub(crate) fn request() -> TunnelRequest {
 /// A pool, and a peer that hands its streams to the test.
 pub(crate) struct World {
     pub(crate) tasks: Tasks,
+    /// Owns the pool's.
+    pub(crate) pod: Tasks,
     pub(crate) pool: Arc<Pool>,
     pub(crate) to: SocketAddr,
     /// Tunnels that the peer has accepted.
@@ -148,7 +150,8 @@ impl World {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let to = listener.local_addr().unwrap();
         let tasks = Tasks::new();
-        let pool = Arc::new(Pool::new(client, tasks.child()));
+        let pod = tasks.child();
+        let pool = Arc::new(Pool::new(client, pod.child()));
         let accepted = Arc::new(AtomicUsize::new(0));
         let leave = Arc::new(Notify::new());
         let (sender, streams) = mpsc::channel(256);
@@ -163,7 +166,7 @@ impl World {
                 peer.spawn(|_| serve(stream, settings, sender, leaving));
             }
         });
-        Self { tasks, pool, to, accepted, streams, leave }
+        Self { tasks, pod, pool, to, accepted, streams, leave }
     }
 
     pub(crate) fn accepted(&self) -> usize {

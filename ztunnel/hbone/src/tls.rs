@@ -466,6 +466,8 @@ impl AsyncRead for TlsStream {
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        // The caller may have filled a part.
+        let before = into.filled().len();
         loop {
             while let Some(first) = this.plain.front_mut() {
                 let rest = first.bytes.get(first.taken..).unwrap_or_default();
@@ -497,7 +499,7 @@ impl AsyncRead for TlsStream {
                     return Poll::Ready(Err(invalid(error)));
                 }
             }
-            if !into.filled().is_empty() {
+            if into.filled().len() > before {
                 return Poll::Ready(Ok(()));
             }
             if !ready!(this.poll_receive(cx))? {
@@ -615,3 +617,6 @@ impl Small {
         self.bytes.get(..self.len).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests;

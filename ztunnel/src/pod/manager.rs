@@ -152,18 +152,35 @@ impl Manager {
             self.machine.disconnected();
             self.publish();
             match ended {
-                Ended::Stopping => return Ok(()),
+                Ended::Stopping => {
+                    self.farewell().await;
+                    return Ok(());
+                }
                 Ended::Broken(broken) => return Err(broken),
                 Ended::Lost(error) => {
                     let delay = backoff.next_delay();
                     tracing::warn!(agent = %agent.display(), %error, ?delay, "no connection to the CNI agent: pods stay as they are");
                     tokio::select! {
                         () = sleep(delay) => {}
-                        () = draining.stopping() => return Ok(()),
+                        () = draining.stopping() => {
+                            self.farewell().await;
+                            return Ok(());
+                        }
                     }
                 }
             }
         }
+    }
+
+    /// Waits for what the pods have open. Whoever owns us says for how long.
+    async fn farewell(self) {
+        let served = std::mem::take(&mut *self.served.entries());
+        for entry in served.into_values() {
+            if let Entry::Up(up) = entry {
+                up.tasks.finished().await;
+            }
+        }
+        self.tasks.finished().await;
     }
 
     async fn connect(&self, agent: &Path, draining: &Draining) -> Result<Seqpacket, Ended> {

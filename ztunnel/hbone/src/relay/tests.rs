@@ -1,5 +1,7 @@
 //! Whole tunnels: TCP, relay, HTTP/2, TLS, HTTP/2, relay, TCP.
 
+mod pressure;
+
 use super::*;
 use crate::{
     ResponseHead, Settings, Tcp, engine,
