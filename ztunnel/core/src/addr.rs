@@ -4,7 +4,7 @@ use crate::NetworkId;
 use std::{
     error::Error,
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 /// Where the connection came from, in canonical form (IPv4-mapped IPv6 is IPv4).
@@ -103,6 +103,21 @@ impl Cidr {
         self.len
     }
 
+    /// The same block, with its host bits zero: equal for all that hold the same addresses.
+    #[must_use]
+    pub fn masked(&self) -> Self {
+        let len = u32::from(self.len);
+        let ip = match self.ip {
+            IpAddr::V4(ip) => {
+                Ipv4Addr::from(ip.to_bits() & !u32::MAX.checked_shr(len).unwrap_or(0)).into()
+            }
+            IpAddr::V6(ip) => {
+                Ipv6Addr::from(ip.to_bits() & !u128::MAX.checked_shr(len).unwrap_or(0)).into()
+            }
+        };
+        Self { ip, len: self.len }
+    }
+
     /// The address, where the block holds just one.
     #[must_use]
     pub const fn single(&self) -> Option<IpAddr> {
@@ -188,5 +203,20 @@ mod tests {
             assert_eq!(block.contains(ip.parse().unwrap()), expect, "{name}");
         }
         assert_eq!(Cidr::new("10.0.0.0".parse().unwrap(), 33), Err(InvalidCidr));
+    }
+
+    #[test]
+    fn masks() {
+        for (ip, len, expect) in [
+            ("10.1.2.3", 16, "10.1.0.0/16"),
+            ("10.1.2.3", 0, "0.0.0.0/0"),
+            ("10.1.2.3", 32, "10.1.2.3/32"),
+            ("fd00:1:2::3", 32, "fd00:1::/32"),
+            ("fd00::1", 0, "::/0"),
+            ("fd00::1", 128, "fd00::1/128"),
+        ] {
+            let block = Cidr::new(ip.parse().unwrap(), len).unwrap();
+            assert_eq!(block.masked().to_string(), expect);
+        }
     }
 }

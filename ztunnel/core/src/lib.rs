@@ -23,6 +23,6 @@ pub use service::{
 };
 pub use spiffe::{InvalidSpiffeId, SpiffeId};
 pub use workload::{
-    ApplicationTunnel, Health, Locality, Membership, NetworkMode, TunnelProtocol, Workload,
-    WorkloadKind,
+    ApplicationTunnel, Health, Ips, Locality, Membership, NetworkMode, Template, TunnelProtocol,
+    Workload, WorkloadKind,
 };

@@ -3,12 +3,12 @@
 use mesh_core::{
     ApplicationTunnel, Cidr, Destination, Gateway, Health, HealthPolicy, Hostname, Interner,
     IpFamilies, LoadBalancing, Locality, Membership, Mode, Namespace, NetworkAddress, NetworkId,
-    NetworkMode, PolicyName, PortMap, Scope, Service, ServiceAccount, ServiceKey, SpiffeId, Text,
-    TrustDomain, TunnelProtocol, Vip, Visibility, WeightedGateway, Workload, WorkloadKind,
-    WorkloadUid,
+    NetworkMode, PolicyName, PortMap, Scope, Service, ServiceAccount, ServiceKey, SpiffeId,
+    Template, Text, TrustDomain, TunnelProtocol, Vip, Visibility, WeightedGateway, Workload,
+    WorkloadKind, WorkloadUid,
 };
 use mesh_proto::istio::workload as proto;
-use std::{collections::HashSet, error::Error, fmt, net::IpAddr, sync::Arc};
+use std::{collections::HashSet, error::Error, fmt, hash::Hash, net::IpAddr, sync::Arc};
 
 pub use mesh_policy::wire::Message as Authorization;
 pub use proto::{Address, address::Type as AddressType};
@@ -34,11 +34,41 @@ const fn invalid(field: &'static str, problem: &'static str) -> InvalidResource 
     InvalidResource { field, problem }
 }
 
-/// Shares what repeats: names by their text, localities whole.
+/// Shares what repeats: names by their text, localities and templates whole.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     pub(crate) texts: Interner,
-    localities: HashSet<Arc<Locality>>,
+    localities: Shared<Locality>,
+    templates: Shared<Template>,
+}
+
+/// One copy of each value in use. Forgets, as it grows, the values that nobody else holds.
+#[derive(Debug)]
+struct Shared<T> {
+    values: HashSet<Arc<T>>,
+    sweep_at: usize,
+}
+
+impl<T> Default for Shared<T> {
+    fn default() -> Self {
+        Self { values: HashSet::new(), sweep_at: 0 }
+    }
+}
+
+impl<T: Eq + Hash> Shared<T> {
+    fn share(&mut self, value: T) -> Arc<T> {
+        if let Some(known) = self.values.get(&value) {
+            return Arc::clone(known);
+        }
+        if self.values.len() >= self.sweep_at {
+            self.values.retain(|known| Arc::strong_count(known) > 1);
+            // Twice what is left, so that the cost of a sweep is paid by what came since.
+            self.sweep_at = self.values.len().saturating_mul(2).max(64);
+        }
+        let new = Arc::new(value);
+        self.values.insert(Arc::clone(&new));
+        new
+    }
 }
 
 impl Names {
@@ -54,15 +84,7 @@ impl Names {
             zone: self.text(zone),
             subzone: self.text(subzone),
         };
-        if let Some(known) = self.localities.get(&locality) {
-            return Arc::clone(known);
-        }
-        if self.localities.len() > 4096 {
-            self.localities.retain(|known| Arc::strong_count(known) > 1);
-        }
-        let new = Arc::new(locality);
-        self.localities.insert(Arc::clone(&new));
-        new
+        self.localities.share(locality)
     }
 }
 
@@ -134,16 +156,45 @@ fn ports(field: &'static str, list: &[proto::Port]) -> Read<Vec<PortMap>> {
 ///
 /// Returns the field that cannot be used.
 pub(crate) fn workload(message: &proto::Workload, names: &mut Names) -> Read<Workload> {
-    let or = |text: &str, default: &'static str| -> String {
-        if text.is_empty() { default.to_owned() } else { text.to_owned() }
+    let health = match proto::WorkloadStatus::try_from(message.status) {
+        Ok(proto::WorkloadStatus::Healthy) => Health::Healthy,
+        Ok(proto::WorkloadStatus::Unhealthy) => Health::Unhealthy,
+        Err(_unknown) => return Err(invalid("status", "unknown value")),
     };
+    let template = template(message, names)?;
+    Ok(Workload {
+        // Each is its own: nothing to share.
+        uid: message.uid.parse::<WorkloadUid>().map_err(|_invalid| invalid("uid", "empty"))?,
+        name: message.name.parse::<Text>().unwrap_or_default(),
+        node: names.text(&message.node),
+        hostname: match message.hostname.as_str() {
+            "" => None,
+            host => Some(hostname("hostname", host, names)?),
+        },
+        ips: message.addresses.iter().map(|a| ip("addresses", a)).collect::<Read<_>>()?,
+        capacity: message.capacity.unwrap_or(1),
+        health,
+        template: names.templates.share(template),
+    })
+}
+
+fn or<'a>(text: &'a str, default: &'a str) -> &'a str {
+    if text.is_empty() { default } else { text }
+}
+
+fn identity(message: &proto::Workload, names: &mut Names) -> Read<SpiffeId> {
     let trust_domain =
-        TrustDomain::interned(&or(&message.trust_domain, "cluster.local"), &mut names.texts)
+        TrustDomain::interned(or(&message.trust_domain, "cluster.local"), &mut names.texts)
             .map_err(|_invalid| invalid("trust_domain", "not a trust domain"))?;
     let service_account =
-        ServiceAccount::interned(&or(&message.service_account, "default"), &mut names.texts)
+        ServiceAccount::interned(or(&message.service_account, "default"), &mut names.texts)
             .map_err(|_invalid| invalid("service_account", "not a service account"))?;
     let namespace = namespace("namespace", &message.namespace, names)?;
+    Ok(SpiffeId { trust_domain, namespace, service_account })
+}
+
+/// What the workload has in common with its replicas.
+fn template(message: &proto::Workload, names: &mut Names) -> Read<Template> {
     let protocol = match proto::TunnelProtocol::try_from(message.tunnel_protocol) {
         Ok(proto::TunnelProtocol::None) => TunnelProtocol::None,
         Ok(proto::TunnelProtocol::Hbone) => TunnelProtocol::Hbone,
@@ -156,11 +207,6 @@ pub(crate) fn workload(message: &proto::Workload, names: &mut Names) -> Read<Wor
         Ok(proto::NetworkMode::HostNetwork) => NetworkMode::HostNetwork,
         Err(_unknown) => return Err(invalid("network_mode", "unknown value")),
     };
-    let health = match proto::WorkloadStatus::try_from(message.status) {
-        Ok(proto::WorkloadStatus::Healthy) => Health::Healthy,
-        Ok(proto::WorkloadStatus::Unhealthy) => Health::Unhealthy,
-        Err(_unknown) => return Err(invalid("status", "unknown value")),
-    };
     let kind = match proto::WorkloadType::try_from(message.workload_type) {
         Ok(proto::WorkloadType::Cronjob) => WorkloadKind::CronJob,
         Ok(proto::WorkloadType::Pod) => WorkloadKind::Pod,
@@ -170,40 +216,30 @@ pub(crate) fn workload(message: &proto::Workload, names: &mut Names) -> Read<Wor
     let optional = |message: &Option<proto::GatewayAddress>, field, names: &mut Names| {
         message.as_ref().map(|g| gateway(field, g, names).map(Box::new)).transpose()
     };
-    Ok(Workload {
-        // Each is its own: nothing to share.
-        uid: message.uid.parse::<WorkloadUid>().map_err(|_invalid| invalid("uid", "empty"))?,
-        name: message.name.parse::<Text>().unwrap_or_default(),
-        identity: SpiffeId { trust_domain, namespace, service_account },
+    let policy = |name: &String, names: &mut Names| {
+        PolicyName::interned(name, &mut names.texts)
+            .map_err(|_invalid| invalid("authorization_policies", "not namespace/name"))
+    };
+    Ok(Template {
+        identity: identity(message, names)?,
         network: NetworkId::interned(&message.network, &mut names.texts)
             .map_err(|_invalid| invalid("network", "not a network"))?,
-        ips: message.addresses.iter().map(|a| ip("addresses", a)).collect::<Read<_>>()?,
         protocol,
         network_mode,
-        health,
         kind,
         native_tunnel: message.native_tunnel,
-        capacity: message.capacity.unwrap_or(1),
         workload_name: names.text(&message.workload_name),
         canonical_name: names.text(&message.canonical_name),
         canonical_revision: names.text(&message.canonical_revision),
-        cluster: names.text(&or(&message.cluster_id, "Kubernetes")),
-        node: names.text(&message.node),
+        cluster: names.text(or(&message.cluster_id, "Kubernetes")),
         locality: names.locality(message.locality.as_ref()),
-        hostname: match message.hostname.as_str() {
-            "" => None,
-            host => Some(hostname("hostname", host, names)?),
-        },
         waypoint: optional(&message.waypoint, "waypoint", names)?,
         network_gateway: optional(&message.network_gateway, "network_gateway", names)?,
         application_tunnel: application_tunnel(message.application_tunnel.as_ref())?,
         policies: message
             .authorization_policies
             .iter()
-            .map(|name| {
-                PolicyName::interned(name, &mut names.texts)
-                    .map_err(|_invalid| invalid("authorization_policies", "not namespace/name"))
-            })
+            .map(|name| policy(name, names))
             .collect::<Read<_>>()?,
         services: memberships(message, names)?,
     })
