@@ -3,6 +3,10 @@
 use crate::{Authority, Baggage, Forwarded, TraceParent};
 
 /// What parses as an authority prints as one that parses to the same.
+///
+/// # Panics
+///
+/// Panics where that does not hold.
 pub fn authority(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     if let Ok(parsed) = text.parse::<Authority>() {
@@ -12,6 +16,10 @@ pub fn authority(bytes: &[u8]) {
 }
 
 /// What parses as baggage prints as baggage that parses to the same.
+///
+/// # Panics
+///
+/// Panics where that does not hold.
 pub fn baggage(bytes: &[u8]) {
     if let Some(parsed) = Baggage::parse([bytes]) {
         let printed = parsed.to_string();
@@ -26,6 +34,10 @@ pub fn baggage(bytes: &[u8]) {
 }
 
 /// What parses as forwarded prints as what parses to the same host.
+///
+/// # Panics
+///
+/// Panics where that does not hold.
 pub fn forwarded(bytes: &[u8]) {
     let parsed = Forwarded::parse(bytes);
     let printed = parsed.to_string();
@@ -33,6 +45,10 @@ pub fn forwarded(bytes: &[u8]) {
 }
 
 /// What parses as a trace prints as it came.
+///
+/// # Panics
+///
+/// Panics where that does not hold.
 pub fn trace_parent(bytes: &[u8]) {
     if let Some(parsed) = TraceParent::parse(bytes) {
         assert_eq!(parsed.to_string().as_bytes(), bytes);

@@ -177,7 +177,7 @@ async fn a_cut_is_no_end() {
     let (mut near, mut far) = pair().await;
     near.write_all(b"half of it").await.unwrap();
     near.flush().await.unwrap();
-    drop(near);
+    near.io.shutdown().await.unwrap();
     let mut got = Vec::new();
     let error = within(far.read_to_end(&mut got)).await.unwrap_err();
     assert_eq!((error.kind(), &got[..]), (io::ErrorKind::UnexpectedEof, &b"half of it"[..]));
@@ -260,9 +260,7 @@ async fn a_writer_is_held_back() {
         far.read_to_end(&mut got).await.unwrap();
         got.len()
     };
-    let (received, ()) = within(async {
-        tokio::join!(received, async { near.shutdown().await.unwrap() })
-    })
-    .await;
+    let (received, ()) =
+        within(async { tokio::join!(received, async { near.shutdown().await.unwrap() }) }).await;
     assert_eq!(received, sent);
 }
