@@ -40,6 +40,7 @@ pub(crate) async fn connect(
     io: TlsStream,
     settings: &Settings,
 ) -> Result<(Requests, ClientConnection), Http2Error> {
+    crate::buffers::prepare();
     let streams = usize::try_from(settings.pool_streams).unwrap_or(usize::MAX);
     h2::client::Builder::new()
         .initial_window_size(settings.stream_window)
@@ -59,6 +60,7 @@ pub(crate) async fn accept(
     io: TlsStream,
     settings: &Settings,
 ) -> Result<ServerConnection, Http2Error> {
+    crate::buffers::prepare();
     h2::server::Builder::new()
         .initial_window_size(settings.stream_window)
         .initial_connection_window_size(settings.connection_window)
