@@ -78,8 +78,9 @@ fn an_application_may_hold_our_ports() {
     scene.begin(&[]).unwrap();
     scene.ask_until(&scene.client, web(80)[0]).unwrap();
     // What dials its tunnel port from outside gets the node proxy.
+    // An alert is all that somebody without TLS can get there; the application would say who asks.
     let got = scene.outsider.tcp(SocketAddr::new(scene.server.v4(), TUNNEL), &["who"]).unwrap();
-    assert!(!got.is_ok(), "{}", got.out);
+    assert!(!got.out.contains(&scene.outsider.v4().to_string()), "{}", got.out);
 }
 
 #[test]

@@ -283,7 +283,7 @@ fn admin() {
         ("POST", "/logging", 200),
         ("POST", "/logging?level=debug", 200),
         ("POST", "/logging?level=access:off,info", 200),
-        ("POST", "/logging?level=reset", 200),
+        ("POST", "/logging?reset", 200),
         ("POST", "/logging?level=nonsense=loud", 400),
         ("GET", "/quitquitquit", 405),
         ("GET", "/nothing", 404),

@@ -150,6 +150,8 @@ fn listen(config: &Config, doors: &Doors, log: &LogHandle, http: &Tasks) -> anyh
     Arc::new(admin::metrics_server(&doors.registry)).serve(http, wildcard(process.stats_port)?);
     Arc::new(admin::readiness_server(&doors.readiness)).serve(http, wildcard(READINESS_PORT)?);
     doors.dump.register("version", version);
+    let effective = config.effective.clone();
+    doors.dump.register("config", move || effective.clone());
     Ok(())
 }
 

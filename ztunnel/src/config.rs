@@ -34,6 +34,8 @@ pub struct Config {
     pub pods: Pods,
     /// The process itself.
     pub process: Process,
+    /// All settings as they are in effect, for the dump.
+    pub effective: serde_json::Value,
 }
 
 /// Who we are.
@@ -159,7 +161,17 @@ fn read(reader: &mut Reader<'_>) -> Config {
     let capture = capture(reader, &pods);
     let process = process(reader);
     let data_path = data_path(reader, &capture);
-    Config { node, data_path, capture, resources, authority, pods, process }
+    let effective = effective(reader);
+    Config { node, data_path, capture, resources, authority, pods, process, effective }
+}
+
+/// What may be a secret, or is as long as a file.
+const NOT_SHOWN: [&str; 2] = ["AUTH_TOKEN", "LOCAL_XDS"];
+
+fn effective(reader: &mut Reader<'_>) -> serde_json::Value {
+    let shown = keys::ALL.iter().filter(|key| !NOT_SHOWN.contains(&key.name));
+    let value = |key: &&Key| (key.name.to_owned(), reader.text(key).into());
+    shown.map(value).collect::<serde_json::Map<_, _>>().into()
 }
 
 fn name<T: std::str::FromStr>(reader: &mut Reader<'_>, key: &Key, fallback: T) -> T {
