@@ -4,7 +4,7 @@ mod lab;
 
 use super::{Ebpf, Settings, pins, sys};
 use crate::redirect::{CaptureError, Redirect};
-use lab::{FAMILIES, Family, Lab, accept, accept_none, dial, echo, finish, listen};
+use lab::{FAMILIES, Family, Lab, accept, accept_none, dial, dial_in_vain, echo, finish, listen};
 use mesh_core::OriginalDst;
 use std::{
     io::Write,
@@ -106,7 +106,7 @@ fn tunnels_end_in_the_proxy_and_the_pods_own_calls_do_not() {
             echo(&served, &client);
         }
         // The listeners are nowhere but in the program's slots.
-        assert!(dial(&lab.pod, None, SocketAddr::new(loopback, 15001)).is_err());
+        assert!(dial_in_vain(&lab.pod, SocketAddr::new(loopback, 15001)).is_err());
     }
     for listener in [&listeners.outbound, &listeners.inbound] {
         assert!(accept_none(listener));
@@ -166,9 +166,9 @@ fn closed_without_a_proxy_and_adopted_by_the_next() {
             let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
             let app = listen(&lab.pod, SocketAddr::new(any, 8080));
             let attempts = [
-                ("outbound", dial(&lab.pod, None, SocketAddr::new(peer, 8080))),
-                ("inbound", dial(&lab.peer, None, SocketAddr::new(own, 8080))),
-                ("a tunnel", dial(&lab.peer, None, SocketAddr::new(own, 15008))),
+                ("outbound", dial_in_vain(&lab.pod, SocketAddr::new(peer, 8080))),
+                ("inbound", dial_in_vain(&lab.peer, SocketAddr::new(own, 8080))),
+                ("a tunnel", dial_in_vain(&lab.peer, SocketAddr::new(own, 15008))),
             ];
             // First what must never be; then that nobody answers at all.
             assert!(accept_none(&server), "it got out");
@@ -200,17 +200,20 @@ fn closed_without_a_proxy_and_without_pins() {
         for Family { pod: own, peer, any } in FAMILIES {
             let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
             assert!(
-                dial(&lab.pod, None, SocketAddr::new(peer, 8080)).is_err(),
+                dial_in_vain(&lab.pod, SocketAddr::new(peer, 8080)).is_err(),
                 "outbound to {peer}"
             );
             // Without the program, what is led back to the pod may meet a wildcard listener of its own. It
             // is misled then, but it does not get out.
             let app = listen(&lab.pod, SocketAddr::new(any, 8080));
-            let _misled = dial(&lab.pod, None, SocketAddr::new(peer, 8080));
+            let _misled = dial_in_vain(&lab.pod, SocketAddr::new(peer, 8080));
             assert!(accept_none(&server), "outbound to {peer}");
             drop(app);
             let app = listen(&lab.pod, SocketAddr::new(any, 8081));
-            assert!(dial(&lab.peer, None, SocketAddr::new(own, 8081)).is_err(), "inbound to {own}");
+            assert!(
+                dial_in_vain(&lab.peer, SocketAddr::new(own, 8081)).is_err(),
+                "inbound to {own}"
+            );
             assert!(accept_none(&app));
         }
     }
@@ -415,7 +418,7 @@ fn ipv6_may_be_off_and_come_back() {
     lab.ip("pod", &format!("addr add {}/64 dev eth0 nodad", six.pod), true);
     let server = listen(&lab.peer, SocketAddr::new(six.peer, 8080));
     let to = SocketAddr::new(six.peer, 8080);
-    assert!(dial(&lab.pod, None, to).is_err(), "closed until somebody follows");
+    assert!(dial_in_vain(&lab.pod, to).is_err(), "closed until somebody follows");
     assert!(accept_none(&server));
     follow(&pod, six.pod);
     let _client = dial(&lab.pod, None, to).unwrap();

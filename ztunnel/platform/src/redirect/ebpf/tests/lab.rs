@@ -163,28 +163,37 @@ pub(super) fn listen(netns: &Netns, at: SocketAddr) -> TcpListener {
 
 /// Connects from a namespace, from a device if one is given.
 pub(super) fn dial(netns: &Netns, device: Option<&str>, to: SocketAddr) -> io::Result<TcpStream> {
-    let open = || {
-        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-        socket.bind_device(device.map(str::as_bytes))?;
-        connect(socket, to)
-    };
-    netns.run(open)?
+    // Longer than it takes to send a lost SYN again: a new veth may lose the first.
+    connect(netns, device, None, to, SOON)
+}
+
+/// As [`dial`], where nobody is expected to answer.
+pub(super) fn dial_in_vain(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
+    connect(netns, None, None, to, Duration::from_millis(900))
 }
 
 /// Connects from an address.
 pub(super) fn dial_from(netns: &Netns, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
-    let open = || {
-        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-        socket.bind(&SocketAddr::new(from, 0).into())?;
-        connect(socket, to)
-    };
-    netns.run(open)?
+    connect(netns, None, Some(from), to, SOON)
 }
 
-fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
-    // A second: a lost SYN is sent again after one.
-    socket.connect_timeout(&to.into(), Duration::from_millis(900))?;
-    Ok(socket.into())
+fn connect(
+    netns: &Netns,
+    device: Option<&str>,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    let open = || {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.bind_device(device.map(str::as_bytes))?;
+        if let Some(from) = from {
+            socket.bind(&SocketAddr::new(from, 0).into())?;
+        }
+        socket.connect_timeout(&to.into(), limit)?;
+        Ok(socket.into())
+    };
+    netns.run(open)?
 }
 
 pub(super) fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
