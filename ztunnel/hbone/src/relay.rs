@@ -5,6 +5,9 @@
 //!     └──────────── cut on either side ──► both sides reset
 //! ```
 
+mod splice;
+
+use self::splice::{Moved, Pipe};
 use crate::stream::{Duplex, Taken};
 use mesh_core::{Failure, Reason, Side};
 use std::{
@@ -12,6 +15,7 @@ use std::{
     pin::Pin,
     task::{Context, Poll, ready},
 };
+use tokio::net::TcpStream;
 
 /// Chunks that one direction moves before other tasks of the thread get a turn.
 const TURN: usize = 32;
@@ -38,6 +42,9 @@ struct Direction {
     given: usize,
     ended: bool,
     done: bool,
+    /// Bytes that were moved by copying, until they are many.
+    copied: u64,
+    pipe: Option<Box<Pipe>>,
 }
 
 /// Which end failed.
@@ -69,6 +76,19 @@ impl Direction {
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
+            if self.copied >= splice::BULK
+                && let (Some(from), Some(to)) = (source.socket(), sink.socket())
+                && let Some(moved) = self.poll_past(from, to, cx, &count)
+            {
+                match ready!(moved)? {
+                    Moved::Idle => return self.idle(sink, cx),
+                    Moved::End => {
+                        self.ended = true;
+                        continue;
+                    }
+                    Moved::More => break,
+                }
+            }
             match source.poll_readable(cx) {
                 Poll::Ready(ready) => ready.map_err(|error| (At::Source, error))?,
                 Poll::Pending => return self.idle(sink, cx),
@@ -81,6 +101,7 @@ impl Direction {
             match source.take(room).map_err(|error| (At::Source, error))? {
                 Taken::Chunk(chunk) => {
                     self.given = chunk.len();
+                    self.copied = self.copied.saturating_add(chunk.len() as u64);
                     count(chunk.len() as u64);
                     sink.give(chunk).map_err(|error| (At::Sink, error))?;
                 }
@@ -90,6 +111,30 @@ impl Direction {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Moves bytes past us; `None` where no pipe is to be had.
+    fn poll_past(
+        &mut self,
+        from: &TcpStream,
+        to: &TcpStream,
+        cx: &mut Context<'_>,
+        count: impl Fn(u64),
+    ) -> Option<Poll<Result<Moved, (At, io::Error)>>> {
+        if self.pipe.is_none() {
+            // First wait, then borrow.
+            match from.poll_read_ready(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Some(Poll::Ready(Err((At::Source, error)))),
+                Poll::Pending => return Some(Poll::Ready(Ok(Moved::Idle))),
+            }
+            self.pipe = Some(Box::new(Pipe::borrow()?));
+        }
+        let moved = self.pipe.as_mut()?.poll_move(from, to, cx, count);
+        if let Poll::Ready(Ok(Moved::Idle | Moved::End)) = moved {
+            self.pipe = None;
+        }
+        Some(moved)
     }
 
     /// Nothing to move: all there is to learn is that the sink takes no more. Having heard enough, it ends

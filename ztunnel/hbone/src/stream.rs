@@ -62,6 +62,11 @@ pub trait Duplex: Send {
     /// Cuts both directions off, so that the other side sees no clean end.
     fn reset(&mut self);
 
+    /// The socket, where this is a socket and nothing else: between two of them, bulk goes past us.
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
+
     /// Ready where the other side takes no more: an error where it has cut off, else it has heard enough.
     fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 }
@@ -281,6 +286,10 @@ impl Duplex for Tcp {
         // Closing it now sends RST.
         let zero = Some(std::time::Duration::ZERO);
         let _closed_already = socket2::SockRef::from(&self.io).set_linger(zero);
+    }
+
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(&self.io)
     }
 
     fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {

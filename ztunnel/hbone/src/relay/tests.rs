@@ -1,5 +1,6 @@
 //! Whole tunnels: TCP, relay, HTTP/2, TLS, HTTP/2, relay, TCP.
 
+mod plain;
 mod pressure;
 
 use super::*;
