@@ -185,7 +185,7 @@ fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyho
         Resources::Inline(text) => resources::inline(text, sources)?,
         Resources::Nothing => {
             tracing::warn!(
-                "no source of workloads: set LOCAL_XDS_PATH (this version has no control plane client)"
+                "no source of workloads: set LOCAL_XDS_PATH (the control plane is not spoken to yet)"
             );
         }
     }

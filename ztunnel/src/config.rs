@@ -165,8 +165,8 @@ fn read(reader: &mut Reader<'_>) -> Config {
     Config { node, data_path, capture, resources, authority, pods, process, effective }
 }
 
-/// What may be a secret, or is as long as a file.
-const NOT_SHOWN: [&str; 2] = ["AUTH_TOKEN", "LOCAL_XDS"];
+/// As long as a file.
+const NOT_SHOWN: [&str; 1] = ["LOCAL_XDS"];
 
 fn effective(reader: &mut Reader<'_>) -> serde_json::Value {
     let shown = keys::ALL.iter().filter(|key| !NOT_SHOWN.contains(&key.name));
@@ -373,3 +373,6 @@ fn hbone(reader: &mut Reader<'_>) -> mesh_hbone::Settings {
     settings.pool_idle = reader.duration(&keys::POOL_UNUSED_RELEASE_TIMEOUT);
     settings
 }
+
+#[cfg(test)]
+mod tests;

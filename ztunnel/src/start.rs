@@ -16,6 +16,7 @@ The node proxy of an ambient mesh.
 
   ztunnel [proxy [ztunnel]]    serve the pods of this node (settings: environment, see the README)
   ztunnel release <uid>|--all  withdraw the capture of a pod, or of all (CAPTURE_PIN_DIR)
+  ztunnel settings             say what can be set, as the README has it
   ztunnel version              say which version this is
   ztunnel help                 say this
 ";
@@ -30,6 +31,10 @@ pub fn main() -> ExitCode {
         (None | Some("proxy"), _) => serve(),
         (Some("release"), Some("--all")) => release(None),
         (Some("release"), Some(uid)) => release(Some(uid)),
+        (Some("settings"), _) => {
+            say(&mesh_runtime::config::markdown(config::keys::ALL));
+            ExitCode::SUCCESS
+        }
         (Some("version"), _) => {
             say(&format!("ztunnel {}\n", env!("CARGO_PKG_VERSION")));
             ExitCode::SUCCESS

@@ -32,30 +32,11 @@ keys! {
     CLUSTER_ID = "CLUSTER_ID", "name", "Kubernetes",
         "The cluster. `ISTIO_META_CLUSTER_ID` is stronger.";
     ISTIO_META_CLUSTER_ID = "ISTIO_META_CLUSTER_ID", "name", "", "The cluster.";
-    CLUSTER_DOMAIN = "CLUSTER_DOMAIN", "domain", "cluster.local", "The cluster's DNS domain.";
-    TRUST_DOMAIN = "TRUST_DOMAIN", "name", "cluster.local", "Our own trust domain, for diagnosis.";
-    INSTANCE_IP = "INSTANCE_IP", "address", "1.1.1.1", "Our address, for the node id.";
-    POD_NAME = "POD_NAME", "name", "", "Our pod.";
-    POD_NAMESPACE = "POD_NAMESPACE", "name", "", "Our pod's namespace.";
-    SERVICE_ACCOUNT = "SERVICE_ACCOUNT", "name", "", "Our pod's service account.";
-    XDS_ADDRESS = "XDS_ADDRESS", "URI", "https://localhost:15012",
-        "The control plane; empty turns it off. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
-    CA_ADDRESS = "CA_ADDRESS", "URI", "https://localhost:15012",
-        "Who signs certificates; empty is nobody. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
-    XDS_ROOT_CA = "XDS_ROOT_CA", "path, PEM, SYSTEM", "./var/run/secrets/istio/root-cert.pem",
-        "The roots that the control plane is verified with.";
-    CA_ROOT_CA = "CA_ROOT_CA", "path, PEM, SYSTEM", "./var/run/secrets/istio/root-cert.pem",
-        "The roots that the CA is verified with.";
-    ALT_XDS_HOSTNAME = "ALT_XDS_HOSTNAME", "host", "",
-        "Another name that the control plane's certificate may bear.";
-    ALT_CA_HOSTNAME = "ALT_CA_HOSTNAME", "host", "", "Another name that the CA's certificate may bear.";
-    AUTH_TOKEN = "AUTH_TOKEN", "path or token", "./var/run/secrets/tokens/istio-token",
-        "The bearer token for both; a file is read anew for each call.";
+    XDS_ADDRESS = "XDS_ADDRESS", "URI", "",
+        "The control plane. Not spoken to yet: a start with it says so.";
+    CA_ADDRESS = "CA_ADDRESS", "URI", "",
+        "Who signs certificates. Not spoken to yet; not together with `LOCAL_CA_DIR`.";
     SECRET_TTL = "SECRET_TTL", "duration", "24h", "The validity to ask for in certificates.";
-    XDS_ON_DEMAND = "XDS_ON_DEMAND", "bool", "false",
-        "Ask the control plane for what connections need, instead of everything.";
-    PREFERED_SERVICE_NAMESPACE = "PREFERED_SERVICE_NAMESPACE", "name", "",
-        "Whose service wins where several have a hostname (the name is Istio's).";
     INPOD_UDS = "INPOD_UDS", "path", "/var/run/ztunnel/ztunnel.sock", "The socket of the CNI agent.";
     INPOD_PORT_REUSE = "INPOD_PORT_REUSE", "bool", "true",
         "Whether the listeners in pods share their ports, as upgrades need.";
@@ -104,6 +85,4 @@ keys! {
     STATS_PORT = "STATS_PORT", "port", "15020", "The metrics port. In Istio `statsPort` of the proxy config.";
     ISTIO_META_ISTIO_VERSION = "ISTIO_META_ISTIO_VERSION", "text", "unknown",
         "The release, for `istio_build`.";
-    KUBERNETES_SERVICE_HOST = "KUBERNETES_SERVICE_HOST", "host", "",
-        "Set by Kubernetes; chooses the default addresses.";
 }
