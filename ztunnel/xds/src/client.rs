@@ -20,11 +20,11 @@ use tokio::sync::mpsc;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::{Code, Request, Status};
 
+use crate::Node;
 use crate::demand::{self, Demand, Waiting};
 use crate::file::Handlers;
 use crate::metrics::{Metrics, Reason};
 use crate::session::{Chunk, Kind, Session};
-use crate::Node;
 use stream::Requests;
 
 /// A first push of a large mesh is one message.
