@@ -340,6 +340,7 @@ async fn accept(
     let listener = tokio::net::TcpListener::from_std(listener)?;
     loop {
         let (stream, client) = listener.accept().await?;
+        let client = SocketAddr::new(client.ip().to_canonical(), client.port());
         let (acceptor, seen) = (acceptor.clone(), Arc::clone(&seen));
         let serve = async move {
             let stream = acceptor.accept(stream).await?;
