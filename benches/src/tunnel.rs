@@ -154,7 +154,8 @@ async fn serve(incoming: Incoming) -> anyhow::Result<()> {
 fn certificate(folder: &Path, identity: &str) -> anyhow::Result<WorkloadCertificate> {
     let identity: SpiffeId = identity.parse().context("an identity")?;
     let clock = Arc::new(SystemClock);
-    let ca = LocalCa::open(folder, Duration::from_secs(24 * 3600), clock.clone())?;
+    let ca =
+        LocalCa::open(folder, Duration::from_secs(24 * 3600), Arc::<SystemClock>::clone(&clock))?;
     let (key, csr) = Csr::generate(&identity)?;
     let issued = mesh_runtime::threads::control()?.block_on(ca.sign(&identity, &csr))?;
     Ok(WorkloadCertificate::new(identity, key, issued, &Context::new(Options::default(), clock))?)

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -454,12 +454,12 @@ fn what_its_handler_refused_is_tried_again() {
     assert_eq!(mesh.workload("b").namespace, "m");
 }
 
-fn watched(path: &PathBuf) -> (Arc<Mutex<Mesh>>, Tasks) {
+fn watched(path: &Path) -> (Arc<Mutex<Mesh>>, Tasks) {
     let mesh = Arc::new(Mutex::new(Mesh::default()));
     let (loaded, _): (Loaded, _) =
-        load(&Source::Path(path.clone()), &mut Arc::clone(&mesh)).unwrap();
+        load(&Source::Path(path.to_owned()), &mut Arc::clone(&mesh)).unwrap();
     let tasks = Tasks::new();
-    let (path, handlers) = (path.clone(), Arc::clone(&mesh));
+    let (path, handlers) = (path.to_owned(), Arc::clone(&mesh));
     tasks.spawn(move |draining| watch(path, loaded, handlers, draining));
     (mesh, tasks)
 }
