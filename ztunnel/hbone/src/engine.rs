@@ -102,7 +102,7 @@ pub(crate) enum End {
     Reset(io::Error),
 }
 
-/// NO_ERROR is an end: who sent it has heard enough. All else before END_STREAM is a cut.
+/// `NO_ERROR` is an end: who sent it has heard enough. All else before `END_STREAM` is a cut.
 pub(crate) fn end_of(error: h2::Error) -> End {
     if error.is_reset() && error.reason() == Some(h2::Reason::NO_ERROR) {
         return End::Clean;

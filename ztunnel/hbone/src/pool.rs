@@ -245,7 +245,8 @@ impl Pool {
                             if let Some(failure) = slot.failed_since(failures) {
                                 return Err(failure);
                             }
-                            let made = self.make(key, slot, dial()).await;
+                            // Boxed: a connection that is held must not carry the room that this takes.
+                            let made = Box::pin(self.make(key, slot, dial())).await;
                             let (tunnel, count) = made.map_err(|failure| slot.fail(failure))?;
                             (tunnel, count, true)
                         }

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 
 /// A tunnel that came to us. It moves only while somebody waits for its next stream.
 pub struct Connection {
-    inner: engine::ServerConnection,
+    // Boxed: it is large, and moves through many hands before it stays.
+    inner: Box<engine::ServerConnection>,
     certificates: Vec<CertificateDer<'static>>,
     alive: Pin<Box<dyn Future<Output = Dead> + Send>>,
 }
@@ -41,13 +42,13 @@ pub async fn handshake(
     let io = TlsStream::accept(io, tls).await.map_err(crate::HandshakeError::downstream)?;
     let certificates = io.peer_certificates().to_vec();
     // Who shakes hands and then says nothing is not waited for either.
-    let mut inner = timeout(HANDSHAKE_TIMEOUT, engine::accept(io, settings))
+    let mut inner = timeout(HANDSHAKE_TIMEOUT, Box::pin(engine::accept(io, settings)))
         .await
         .map_err(|_elapsed| crate::HandshakeError::Late.downstream())?
         .map_err(|error| Failure::downstream(Reason::Http2, error))?;
     let pings = inner.ping_pong();
     let alive = keep_alive(pings, settings.ping_interval, settings.ping_timeout);
-    Ok(Connection { inner, certificates, alive: Box::pin(alive) })
+    Ok(Connection { inner: Box::new(inner), certificates, alive: Box::pin(alive) })
 }
 
 impl Connection {

@@ -30,8 +30,9 @@ use tokio::{
 };
 
 /// No test takes longer; one that hangs fails.
-pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(20), future).await.expect("it hangs")
+pub(crate) fn within<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
+    let future = Box::pin(future);
+    async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it hangs") }
 }
 
 /// Gives others their turn until it holds.
@@ -185,7 +186,7 @@ impl World {
     /// Opens a stream.
     pub(crate) fn ask(&self) -> impl Future<Output = Result<Opened, Failure>> + Send + use<> {
         let (pool, to) = (Arc::clone(&self.pool), self.to);
-        async move { within(pool.open(&key(to), &request(), || dial(to))).await }
+        async move { pool.open(&key(to), &request(), || dial(to)).await }
     }
 }
 

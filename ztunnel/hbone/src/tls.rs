@@ -1,6 +1,9 @@
 //! TLS over TCP, on rustls's unbuffered API: whole buffers are read and decrypted where they lie, a whole
 //! flush is encrypted into one buffer, and an idle stream holds no buffer.
 
+mod small;
+
+use self::small::Small;
 use crate::buffers::Buffer;
 use mesh_core::{Failure, Reason};
 use rustls::{
@@ -36,7 +39,7 @@ const RECORD: usize = 16 * 1024;
 /// What encryption adds to a record, at most: header, type, tag.
 const OVERHEAD: usize = 5 + 1 + 16;
 
-/// What the session may put before our data unasked, in bytes: a KeyUpdate and alerts.
+/// What the session may put before our data unasked, in bytes: a `KeyUpdate` and alerts.
 const UNASKED: usize = 256;
 
 enum Session {
@@ -584,37 +587,6 @@ impl AsyncWrite for TlsStream {
             ready!(this.poll_send(cx))?;
         }
         Pin::new(&mut this.io).poll_shutdown(cx)
-    }
-}
-
-/// The small beginnings of records, put together.
-struct Small {
-    bytes: [u8; Self::SIZE],
-    len: usize,
-}
-
-impl Small {
-    const SIZE: usize = 4096;
-    /// Slices shorter than this are worth copying.
-    const LIMIT: usize = 1024;
-
-    const fn new() -> Self {
-        Self { bytes: [0; Self::SIZE], len: 0 }
-    }
-
-    const fn space(&self) -> usize {
-        Self::SIZE - self.len
-    }
-
-    fn put(&mut self, data: &[u8]) {
-        if let Some(room) = self.bytes.get_mut(self.len..self.len + data.len()) {
-            room.copy_from_slice(data);
-            self.len += data.len();
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
     }
 }
 

@@ -276,7 +276,7 @@ async fn a_client_that_is_dead_is_given_up() {
     let mut shake = Box::pin(server::handshake(far.into_std().unwrap(), tls, &settings));
     let asks = async {
         let tls = TlsStream::connect(near, Arc::clone(&configs().client)).await.unwrap();
-        engine::connect(tls, &settings).await.unwrap()
+        Box::pin(engine::connect(tls, &settings)).await.unwrap()
     };
     // It moves until the server has its preface, and then no more.
     let (_requests, mut dead) = within(async {

@@ -25,7 +25,7 @@ async fn pair() -> (TlsStream, TlsStream) {
 }
 
 fn text(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at * 31 + at / 251) as u8).collect()
+    (0..length).map(|at| (at * 31 + at / 251).to_le_bytes()[0]).collect()
 }
 
 /// All that is written in this shape arrives, in order, with a clean end; both ways at once.

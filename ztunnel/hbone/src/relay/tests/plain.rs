@@ -40,7 +40,8 @@ async fn small_talk_follows_bulk() {
             let mut heard = vec![0; size];
             let (written, read) =
                 tokio::join!(client.write_all(&said), server.read_exact(&mut heard));
-            (written.unwrap(), read.unwrap());
+            written.unwrap();
+            read.unwrap();
             assert!(heard == said);
             server.write_all(b"yes").await.unwrap();
             let mut yes = [0; 3];
@@ -65,7 +66,8 @@ async fn a_reset_of_bulk_arrives_as_a_reset() {
         let said = vec![9; 4 << 20];
         let mut heard = vec![0; said.len()];
         let (written, read) = tokio::join!(client.write_all(&said), server.read_exact(&mut heard));
-        (written.unwrap(), read.unwrap());
+        written.unwrap();
+        read.unwrap();
         cut_off(client, &mut server).await;
     };
     let (outcome, ()) = within(async { tokio::join!(relayed, cut) }).await;
