@@ -2,6 +2,7 @@
 
 use crate::{
     config::{Authority, Capture, Config, Pods, Resources},
+    control_plane,
     metrics::Metrics,
     names::Names,
     pod::{
@@ -14,7 +15,7 @@ use crate::{
 use anyhow::Context as _;
 use mesh_identity::{
     Certificates, Manager as CertificateManager,
-    ca::{Nobody, local::LocalCa},
+    ca::{CertificateAuthority, Nobody, local::LocalCa},
     tls::{Context, Options},
 };
 use mesh_platform::{
@@ -92,6 +93,7 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let certificates = certificates(&config, &base)?;
     let dumped = certificates.clone();
     doors.dump.register("certificates", move || dumped.dump());
+    mesh_identity::metrics::certificates(&doors.registry, &certificates);
     let redirect = redirect(&config)?;
     let metrics = Metrics::new(&doors.registry, &config.node.version);
     watch_log(&doors.registry, log);
@@ -179,36 +181,42 @@ fn watch_log(registry: &Registry, log: &LogHandle) {
 }
 
 fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<()> {
-    let gate = doors.readiness.gate("state manager");
+    let Doors { registry, readiness, .. } = doors;
     match &config.resources {
+        Resources::ControlPlane(remote) => {
+            let with = (registry, readiness, base);
+            control_plane::follow(&config.control_plane, remote, &config.node, sources, with)?;
+        }
         Resources::File(path) => resources::watch(path, sources, base)?,
         Resources::Inline(text) => resources::inline(text, sources)?,
         Resources::Nothing => {
-            tracing::warn!(
-                "no source of workloads: set LOCAL_XDS_PATH (the control plane is not spoken to yet)"
-            );
+            tracing::warn!("no source of workloads: set XDS_ADDRESS, or LOCAL_XDS_PATH in a lab")
         }
     }
-    gate.set(true);
-    gate.release();
     Ok(())
 }
 
 fn certificates(config: &Config, base: &Tasks) -> anyhow::Result<Certificates> {
     let clock = Arc::new(SystemClock);
     let context = Context::new(Options::default(), Arc::<SystemClock>::clone(&clock));
-    let (certificates, manager) = match &config.authority {
+    let ca: Arc<dyn CertificateAuthority> = match &config.authority {
         Authority::Local { folder, ttl } => {
-            let ca = LocalCa::open(folder, *ttl, clock).with_context(|| {
+            let open = LocalCa::open(folder, *ttl, clock);
+            Arc::new(open.with_context(|| {
                 format!("open the local CA (LOCAL_CA_DIR={})", folder.display())
-            })?;
-            CertificateManager::new(Arc::new(ca), context)
+            })?)
+        }
+        Authority::Istio { remote, ttl } => {
+            let shared = matches!(config.pods, Pods::Shared(_));
+            let settings = &config.control_plane;
+            control_plane::authority(settings, remote, &config.node, (*ttl, shared), base)?
         }
         Authority::Nobody => {
-            tracing::warn!("nobody signs certificates: set LOCAL_CA_DIR. Every tunnel will fail");
-            CertificateManager::new(Arc::new(Nobody), context)
+            tracing::warn!("nobody signs certificates: every tunnel will fail. Set CA_ADDRESS");
+            Arc::new(Nobody)
         }
     };
+    let (certificates, manager) = CertificateManager::new(ca, context);
     base.spawn(move |draining| manager.run(async move { draining.stopping().await }));
     Ok(certificates)
 }

@@ -12,7 +12,7 @@ use mesh_runtime::{
     log::{Filter, Shape},
 };
 use mesh_state::PodInfo;
-use std::{num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 /// Where Istio keeps the mesh's config in its images.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
@@ -22,6 +22,8 @@ const MESH_CONFIG: &str = "./etc/istio/config/mesh";
 pub struct Config {
     /// Who we are.
     pub node: Node,
+    /// How we present ourselves to a control plane.
+    pub control_plane: ControlPlane,
     /// The data path of every pod.
     pub data_path: DataPath,
     /// Who redirects the pods' traffic, and how sockets are made.
@@ -58,9 +60,41 @@ pub enum Capture {
     Ebpf(EbpfSettings),
 }
 
+/// How we present ourselves to a control plane.
+#[derive(Clone, Debug)]
+pub struct ControlPlane {
+    /// Our address.
+    pub ip: String,
+    /// Our pod.
+    pub pod: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// The bearer token, or where it is; `None` is Istio's place.
+    pub token: Option<String>,
+    /// `ISTIO_META_*`.
+    pub metadata: BTreeMap<String, String>,
+    /// `ISTIO_METAJSON_*`.
+    pub json_metadata: BTreeMap<String, String>,
+}
+
+/// A server of the control plane.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Remote {
+    /// Its URI.
+    pub address: String,
+    /// The roots that it is verified with: a path, PEM, or `SYSTEM`.
+    pub root: String,
+    /// Another name that its certificate may bear.
+    pub also_named: Option<String>,
+    /// Headers to send along.
+    pub headers: Vec<(String, String)>,
+}
+
 /// Where workloads, services and policies come from.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Resources {
+    /// The control plane.
+    ControlPlane(Remote),
     /// A file, read again when it changes.
     File(PathBuf),
     /// Text in a setting.
@@ -77,6 +111,13 @@ pub enum Authority {
         /// The folder.
         folder: PathBuf,
         /// The validity of what it signs.
+        ttl: Duration,
+    },
+    /// Istio's.
+    Istio {
+        /// Where it is.
+        remote: Remote,
+        /// The validity to ask for.
         ttl: Duration,
     },
     /// Nobody: every tunnel fails, with that reason.
@@ -162,11 +203,22 @@ fn read(reader: &mut Reader<'_>) -> Config {
     let process = process(reader);
     let data_path = data_path(reader, &capture);
     let effective = effective(reader);
-    Config { node, data_path, capture, resources, authority, pods, process, effective }
+    let control_plane = control_plane(reader);
+    Config {
+        node,
+        control_plane,
+        data_path,
+        capture,
+        resources,
+        authority,
+        pods,
+        process,
+        effective,
+    }
 }
 
-/// As long as a file.
-const NOT_SHOWN: [&str; 1] = ["LOCAL_XDS"];
+/// What may be a secret, or is as long as a file.
+const NOT_SHOWN: [&str; 2] = ["AUTH_TOKEN", "LOCAL_XDS"];
 
 fn effective(reader: &mut Reader<'_>) -> serde_json::Value {
     let shown = keys::ALL.iter().filter(|key| !NOT_SHOWN.contains(&key.name));
@@ -206,7 +258,59 @@ fn resources(reader: &mut Reader<'_>) -> Resources {
         }
         (Some(file), None) => Resources::File(file),
         (None, Some(inline)) => Resources::Inline(inline),
-        (None, None) => Resources::Nothing,
+        (None, None) => {
+            let keys = (&keys::XDS_ADDRESS, &keys::XDS_ROOT_CA, &keys::ALT_XDS_HOSTNAME);
+            remote(reader, keys, "XDS_HEADER_").map_or(Resources::Nothing, Resources::ControlPlane)
+        }
+    }
+}
+
+/// Where Kubernetes has istiod.
+const ISTIOD: &str = "https://istiod.istio-system.svc:15012";
+
+/// A server; `None` where its address is set to nothing.
+fn remote(
+    reader: &mut Reader<'_>,
+    (address, root, name): (&Key, &Key, &Key),
+    headers: &str,
+) -> Option<Remote> {
+    let told = reader.source().get(address.name).or_else(|| {
+        (address.name == "XDS_ADDRESS").then(|| reader.source().get("discoveryAddress")).flatten()
+    });
+    let kubernetes = !reader.text(&keys::KUBERNETES_SERVICE_HOST).is_empty();
+    let default = if kubernetes { ISTIOD } else { address.default };
+    let address = told.unwrap_or_else(|| default.to_owned());
+    if address.is_empty() {
+        return None;
+    }
+    let prefixed = reader.source().prefixed(headers).into_iter();
+    let bare = |(name, value): (String, String)| {
+        (name.strip_prefix(headers).unwrap_or(&name).to_lowercase(), value)
+    };
+    Some(Remote {
+        address,
+        root: reader.text(root),
+        also_named: reader.optional_text(name).filter(|name| !name.is_empty()),
+        headers: prefixed.map(bare).collect(),
+    })
+}
+
+fn control_plane(reader: &mut Reader<'_>) -> ControlPlane {
+    let stripped = |prefix: &str| {
+        let found = reader.source().prefixed(prefix).into_iter();
+        let bare = |(name, value): (String, String)| {
+            (name.strip_prefix(prefix).unwrap_or(&name).to_owned(), value)
+        };
+        found.map(bare).collect::<BTreeMap<_, _>>()
+    };
+    let (metadata, json_metadata) = (stripped("ISTIO_META_"), stripped("ISTIO_METAJSON_"));
+    ControlPlane {
+        ip: reader.text(&keys::INSTANCE_IP),
+        pod: reader.text(&keys::POD_NAME),
+        namespace: reader.text(&keys::POD_NAMESPACE),
+        token: reader.source().get(keys::AUTH_TOKEN.name).filter(|token| !token.is_empty()),
+        metadata,
+        json_metadata,
     }
 }
 
@@ -219,7 +323,11 @@ fn authority(reader: &mut Reader<'_>) -> Authority {
             Authority::Nobody
         }
         Some(folder) => Authority::Local { folder, ttl },
-        None => Authority::Nobody,
+        None => {
+            let keys = (&keys::CA_ADDRESS, &keys::CA_ROOT_CA, &keys::ALT_CA_HOSTNAME);
+            let remote = remote(reader, keys, "CA_HEADER_");
+            remote.map_or(Authority::Nobody, |remote| Authority::Istio { remote, ttl })
+        }
     }
 }
 

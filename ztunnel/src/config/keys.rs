@@ -32,10 +32,24 @@ keys! {
     CLUSTER_ID = "CLUSTER_ID", "name", "Kubernetes",
         "The cluster. `ISTIO_META_CLUSTER_ID` is stronger.";
     ISTIO_META_CLUSTER_ID = "ISTIO_META_CLUSTER_ID", "name", "", "The cluster.";
-    XDS_ADDRESS = "XDS_ADDRESS", "URI", "",
-        "The control plane. Not spoken to yet: a start with it says so.";
-    CA_ADDRESS = "CA_ADDRESS", "URI", "",
-        "Who signs certificates. Not spoken to yet; not together with `LOCAL_CA_DIR`.";
+    XDS_ADDRESS = "XDS_ADDRESS", "URI", "https://localhost:15012",
+        "The control plane; empty turns it off. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
+    CA_ADDRESS = "CA_ADDRESS", "URI", "https://localhost:15012",
+        "Who signs certificates; empty is nobody. Not together with `LOCAL_CA_DIR`. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
+    XDS_ROOT_CA = "XDS_ROOT_CA", "path, PEM, SYSTEM", "./var/run/secrets/istio/root-cert.pem",
+        "The roots that the control plane is verified with.";
+    CA_ROOT_CA = "CA_ROOT_CA", "path, PEM, SYSTEM", "./var/run/secrets/istio/root-cert.pem",
+        "The roots that the CA is verified with.";
+    ALT_XDS_HOSTNAME = "ALT_XDS_HOSTNAME", "host", "",
+        "Another name that the control plane's certificate may bear.";
+    ALT_CA_HOSTNAME = "ALT_CA_HOSTNAME", "host", "", "Another name that the CA's certificate may bear.";
+    AUTH_TOKEN = "AUTH_TOKEN", "path or token", "./var/run/secrets/tokens/istio-token",
+        "The bearer token for both; a file is read anew for each call.";
+    INSTANCE_IP = "INSTANCE_IP", "address", "1.1.1.1", "Our address, for the node id.";
+    POD_NAME = "POD_NAME", "name", "", "Our pod, for the node id.";
+    POD_NAMESPACE = "POD_NAMESPACE", "name", "", "Our pod's namespace, for the node id.";
+    KUBERNETES_SERVICE_HOST = "KUBERNETES_SERVICE_HOST", "host", "",
+        "Set by Kubernetes; chooses the default addresses.";
     SECRET_TTL = "SECRET_TTL", "duration", "24h", "The validity to ask for in certificates.";
     INPOD_UDS = "INPOD_UDS", "path", "/var/run/ztunnel/ztunnel.sock", "The socket of the CNI agent.";
     INPOD_PORT_REUSE = "INPOD_PORT_REUSE", "bool", "true",

@@ -11,10 +11,29 @@ fn settings(pairs: &[(&str, &str)]) -> Result<Config, ConfigErrors> {
 fn nothing_set_is_what_istio_defaults_to() {
     let config = settings(&[]).unwrap();
     assert!(matches!(config.capture, Capture::External(_)));
-    assert_eq!(config.authority, Authority::Nobody);
+    let Authority::Istio { remote, .. } = config.authority else { panic!("{config:?}") };
+    assert_eq!(remote.address, "https://localhost:15012");
+    let Resources::ControlPlane(remote) = config.resources else { panic!() };
+    assert_eq!(remote.address, "https://localhost:15012");
     assert_eq!(config.pods, Pods::Shared("/var/run/ztunnel/ztunnel.sock".into()));
     let Process { drain, admin_port, stats_port, ipv6, .. } = config.process;
     assert_eq!((drain.as_secs(), admin_port, stats_port, ipv6), (5, 15000, 15020, true));
+}
+
+#[test]
+fn in_kubernetes_istiod_is_asked_unless_told_otherwise() {
+    let kubernetes = ("KUBERNETES_SERVICE_HOST", "10.96.0.1");
+    let address = |pairs: &[_]| match settings(pairs).unwrap().resources {
+        Resources::ControlPlane(remote) => Some(remote.address),
+        Resources::File(_) | Resources::Inline(_) | Resources::Nothing => None,
+    };
+    assert_eq!(address(&[kubernetes]).unwrap(), ISTIOD);
+    assert_eq!(address(&[kubernetes, ("XDS_ADDRESS", "other:1")]).unwrap(), "other:1");
+    assert_eq!(address(&[kubernetes, ("XDS_ADDRESS", "")]), None);
+    let headers = settings(&[("XDS_HEADER_X-One", "1"), ("CA_ADDRESS", "")]).unwrap();
+    assert_eq!(headers.authority, Authority::Nobody);
+    let Resources::ControlPlane(remote) = headers.resources else { panic!() };
+    assert_eq!(remote.headers, [("x-one".to_owned(), "1".to_owned())]);
 }
 
 #[test]

@@ -1,0 +1,98 @@
+//! istiod: where resources come from, and who signs certificates.
+
+use crate::{
+    config::{ControlPlane as Settings, Node, Remote},
+    resources::Sources,
+};
+use anyhow::Context as _;
+use mesh_identity::{
+    ca::{CertificateAuthority, istio},
+    tls::Options,
+    token::Token,
+};
+use mesh_runtime::{
+    control_plane::{ControlPlane, Roots, Tls},
+    metrics::Registry,
+    ready::Readiness,
+    tasks::Tasks,
+};
+use mesh_xds::client::{self, Client};
+use std::{sync::Arc, time::Duration};
+
+fn plane(remote: &Remote, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
+    let options = Options::default();
+    let also_named = remote.also_named.clone().map(TryInto::try_into).transpose();
+    let tls = Tls {
+        roots: Roots::from_setting(&remote.root),
+        also_named: also_named.context("the alternative name of the control plane is no name")?,
+        provider: Arc::new(options.provider()),
+        versions: options.versions(),
+    };
+    ControlPlane::new(&remote.address, tls, tasks)
+        .with_context(|| format!("use the control plane at {}", remote.address))
+}
+
+/// Has the control plane's resources applied from now on.
+///
+/// # Errors
+///
+/// Returns what is wrong with the settings; a control plane that is not there is waited for.
+pub(crate) fn follow(
+    settings: &Settings,
+    remote: &Remote,
+    node: &Node,
+    sources: Sources,
+    (registry, readiness, tasks): (&Registry, &Readiness, &Tasks),
+) -> anyhow::Result<()> {
+    let token = Token::from_setting(settings.token.as_deref());
+    let settings = client::Settings {
+        node: mesh_xds::Node {
+            ip: settings.ip.clone(),
+            name: settings.pod.clone(),
+            namespace: settings.namespace.clone(),
+            node: node.name.to_string(),
+            metadata: settings.metadata.clone(),
+            json_metadata: settings.json_metadata.clone(),
+        },
+        cluster: node.cluster.to_string(),
+        on_demand: false,
+        headers: remote.headers.clone(),
+        token: Arc::new(move || Ok(token.read()?)),
+    };
+    let plane = plane(remote, tasks)?;
+    let (client, _demand) = Client::new(settings, plane, sources, (registry, readiness))?;
+    tasks.spawn(|draining| client.run(draining));
+    Ok(())
+}
+
+/// The CA behind this address.
+///
+/// # Errors
+///
+/// Returns what is wrong with the settings.
+pub(crate) fn authority(
+    settings: &Settings,
+    remote: &Remote,
+    node: &Node,
+    (validity, impersonate): (Duration, bool),
+    tasks: &Tasks,
+) -> anyhow::Result<Arc<dyn CertificateAuthority>> {
+    let root = match Roots::from_setting(&remote.root) {
+        Roots::File(path) => Some(path),
+        Roots::Pem(_) | Roots::System => None,
+    };
+    let plane = plane(remote, tasks)?;
+    let settings = istio::Settings {
+        impersonate,
+        validity,
+        cluster: node.cluster.to_string(),
+        token: Token::from_setting(settings.token.as_deref()),
+        headers: remote.headers.clone(),
+        root,
+    };
+    let connect = move || {
+        let plane = plane.clone();
+        async move { Ok(plane.connect().await?) }
+    };
+    Ok(Arc::new(istio::IstioCa::new(connect, settings)?))
+}
