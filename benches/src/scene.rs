@@ -209,13 +209,15 @@ impl Scene {
         Ok(program)
     }
 
-    /// Records where both node proxies spend their time, until it is dropped.
-    pub fn profile(&self, file: &Path) -> Result<Profile> {
+    /// Records for so long where both node proxies spend their time.
+    pub fn profile(&self, file: &Path, length: Duration) -> Result<Profile> {
         let [near, far] = self.proxies()?;
+        // It ends by itself: it inherits a mask that keeps signals from it.
         let child = Command::new("perf")
             .args(["record", "-q", "-F", "499", "-g", "-o"])
             .arg(file)
-            .args(["-p", &format!("{near},{far}")])
+            .args(["-p", &format!("{near},{far}"), "--", "sleep"])
+            .arg(length.as_secs_f64().to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -224,17 +226,13 @@ impl Scene {
     }
 }
 
-/// A profile being recorded.
+/// A profile being recorded; dropping it waits for its end.
 #[derive(Debug)]
 pub struct Profile(Child);
 
 impl Drop for Profile {
     fn drop(&mut self) {
-        // SIGINT is how perf is told to write what it has.
-        let pid = i32::try_from(self.0.id()).map(nix::unistd::Pid::from_raw);
-        if let Ok(pid) = pid {
-            let _gone = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT);
-        }
+        // Without one, its file is missing, which says it all.
         drop(self.0.wait());
     }
 }

@@ -235,7 +235,7 @@ const WARM: Duration = Duration::from_millis(200);
 
 fn through(scene: &Scene, row: &Row, length: Duration, profile: Option<PathBuf>) -> Result<Run> {
     scene.through(row, WARM).context("warming up")?;
-    let profile = profile.map(|file| scene.profile(&file)).transpose()?;
+    let profile = profile.map(|file| scene.profile(&file, length)).transpose()?;
     let run = scene.through(row, length)?;
     drop(profile);
     Ok(run)
