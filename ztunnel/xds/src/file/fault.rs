@@ -1,6 +1,6 @@
 //! What is wrong in a file, and where.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 /// A place in a text, both numbers counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,9 +50,25 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}, column {}: ", self.line, self.column)?;
         if !self.field.is_empty() {
-            write!(f, "{}: ", self.field)?;
+            write!(f, "{}: ", OneLine(&self.field))?;
         }
-        f.write_str(&self.what)
+        OneLine(&self.what).fmt(f)
+    }
+}
+
+/// The text of a file in a message: whatever is in it, the message stays one line.
+struct OneLine<'a>(&'a str);
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for character in self.0.chars() {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())?;
+            } else {
+                f.write_char(character)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Cursor, Read, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use mesh_proto::istio::security::Authorization;
 use mesh_proto::istio::workload::{Address, Service, Workload, address::Type};
@@ -18,6 +19,8 @@ use crate::{Handler, Rejected, Update};
 
 /// Resources handed over at once: enough to make the handler's lock cheap, few enough to weigh nothing.
 const BATCH: usize = 512;
+/// Batches read ahead of those that are being handed over: about a megabyte.
+const AHEAD: usize = 2;
 
 /// One value that takes every type of resource that a file can hold.
 pub trait Handlers: Handler<Address> + Handler<Authorization> {}
@@ -244,6 +247,8 @@ struct Found {
     name: String,
     print: u64,
     at: Place,
+    section: Section,
+    index: usize,
 }
 
 enum Item {
@@ -251,32 +256,46 @@ enum Item {
     Policy(Box<Authorization>),
 }
 
-impl Found {
-    fn workload(workload: Workload, print: u64, at: Place) -> Self {
-        Self {
-            name: workload.uid.clone(),
-            item: Item::Address(Box::new(Type::Workload(workload))),
-            print,
-            at,
-        }
+#[derive(Debug, Clone, Copy)]
+enum Section {
+    Workloads,
+    Services,
+    Policies,
+}
+
+impl Item {
+    fn workload(workload: Workload) -> (String, Self) {
+        (workload.uid.clone(), Self::Address(Box::new(Type::Workload(workload))))
     }
 
-    fn service(service: Service, print: u64, at: Place) -> Self {
+    fn service(service: Service) -> (String, Self) {
         let name = format!("{}/{}", service.namespace, service.hostname);
-        Self { name, item: Item::Address(Box::new(Type::Service(service))), print, at }
+        (name, Self::Address(Box::new(Type::Service(service))))
     }
 
-    fn policy(policy: Authorization, print: u64, at: Place) -> Self {
-        let name = format!("{}/{}", policy.namespace, policy.name);
-        Self { name, item: Item::Policy(Box::new(policy)), print, at }
+    fn policy(policy: Authorization) -> (String, Self) {
+        (format!("{}/{}", policy.namespace, policy.name), Self::Policy(Box::new(policy)))
+    }
+}
+
+impl Found {
+    /// A fault of the item as a whole.
+    fn fault(&self, what: String) -> Box<Fault> {
+        let section = match self.section {
+            Section::Workloads => "workloads",
+            Section::Services => "services",
+            Section::Policies => "policies",
+        };
+        Fault::new(self.at, what).within(&format!("{section}[{}]", self.index))
     }
 
-    fn check(self, handlers: &mut impl Handlers) -> Result<(), Box<Fault>> {
-        let checked = match self.item {
+    fn check(mut self, handlers: &mut impl Handlers) -> Result<(), Box<Fault>> {
+        let item = std::mem::replace(&mut self.item, Item::Policy(Box::default()));
+        let checked = match item {
             Item::Address(address) => handlers.check(&Address { r#type: Some(*address) }),
             Item::Policy(policy) => handlers.check(&*policy),
         };
-        checked.map_err(|reason| Fault::new(self.at, format!("{}: {reason}", self.name)))
+        checked.map_err(|reason| self.fault(format!("{}: {reason}", self.name)))
     }
 }
 
@@ -296,7 +315,7 @@ impl Names {
         if names.insert(hash(&found.name)) {
             return Ok(());
         }
-        Err(Fault::new(found.at, format!("`{}` stands here for the second time", found.name)))
+        Err(found.fault(format!("`{}` stands here for the second time", found.name)))
     }
 }
 
@@ -458,23 +477,75 @@ impl<'s> Text<'s> {
         Ok(())
     }
 
+    /// Reads it all. A thread of its own reads and converts, this one takes: of a large mesh each is seconds of
+    /// work. Should the YAML parser panic, which is not ours, that is a fault like another.
     fn read(
         &mut self,
         each: &mut dyn FnMut(Found) -> Result<(), Box<Fault>>,
     ) -> Result<(), LoadError> {
-        let reader: Box<dyn Read + '_> = match &mut self.from {
+        let reader: Box<dyn Read + Send + '_> = match &mut self.from {
             From::File(file) => Box::new(file),
             From::Inline(text) => Box::new(text),
         };
-        let mut tokens = Tokens::new(reader);
-        let read = document(&mut tokens, each);
+        let (send, batches) = sync_channel::<Vec<Found>>(AHEAD);
+        let read = std::thread::scope(|threads| {
+            let thread = std::thread::Builder::new().name("local-file".to_owned());
+            let reading = thread
+                .spawn_scoped(threads, move || items(reader, &send))
+                .map_err(Stop::CannotStart)?;
+            let mut taken = Ok(());
+            for batch in batches {
+                taken = batch.into_iter().try_for_each(&mut *each);
+                if taken.is_err() {
+                    break; // which drops the receiver, and so stops the thread
+                }
+            }
+            let read = reading.join().unwrap_or(Err(Stop::Panic));
+            taken.map_err(Stop::Fault).and(read)
+        });
         let origin = self.origin.clone();
-        match (tokens.ended_early(), read) {
-            (Some(TextFault::Read(source)), _) => Err(LoadError::Read { origin, source }),
-            (Some(TextFault::NotText), _) => Err(LoadError::NotText { origin }),
-            (None, Err(source)) => Err(LoadError::Invalid { origin, source }),
-            (None, Ok(())) => Ok(()),
+        read.map_err(|stop| match stop {
+            Stop::Text(TextFault::Read(source)) | Stop::CannotStart(source) => {
+                LoadError::Read { origin, source }
+            }
+            Stop::Text(TextFault::NotText) => LoadError::NotText { origin },
+            Stop::Fault(source) => LoadError::Invalid { origin, source },
+            Stop::Panic => {
+                let source = Fault::new(Place { line: 1, column: 1 }, "not YAML that can be read");
+                LoadError::Invalid { origin, source }
+            }
+        })
+    }
+}
+
+/// Why a reading ended early.
+enum Stop {
+    Text(TextFault),
+    Fault(Box<Fault>),
+    CannotStart(io::Error),
+    Panic,
+}
+
+/// Reads all items of a text, and sends them in batches.
+fn items(reader: Box<dyn Read + '_>, send: &SyncSender<Vec<Found>>) -> Result<(), Stop> {
+    let mut tokens = Tokens::new(reader);
+    let mut batch = Vec::with_capacity(BATCH);
+    let read = document(&mut tokens, &mut |found| {
+        let at = found.at;
+        batch.push(found);
+        if batch.len() < BATCH {
+            return Ok(());
         }
+        let full = std::mem::replace(&mut batch, Vec::with_capacity(BATCH));
+        // Whoever takes them has found a fault of its own, which is the one that counts.
+        send.send(full).map_err(|_stopped| Fault::new(at, "stopped"))
+    });
+    // What stands before a fault is judged before it.
+    let _stopped = send.send(batch);
+    match (tokens.ended_early(), read) {
+        (Some(fault), _) => Err(Stop::Text(fault)),
+        (None, Err(fault)) => Err(Stop::Fault(fault)),
+        (None, Ok(())) => Ok(()),
     }
 }
 
@@ -484,20 +555,23 @@ fn document(
 ) -> Result<(), Box<Fault>> {
     let Some(start) = tokens.begin()? else { return Ok(()) };
     value::map(tokens, &start, |tokens, key, name, token| {
-        if !matches!(name, "workloads" | "services" | "policies") {
-            return Err(value::unknown(key));
-        }
+        let section = match name {
+            "workloads" => Section::Workloads,
+            "services" => Section::Services,
+            "policies" => Section::Policies,
+            _ => return Err(value::unknown(key)),
+        };
         tokens.fingerprint();
+        let mut index = 0;
         value::list(tokens, &token, |tokens, item| {
-            let found = match name {
-                "workloads" => {
-                    Found::workload(workload::read(tokens, &item)?, tokens.fingerprint(), item.at)
-                }
-                "services" => {
-                    Found::service(service::read(tokens, &item)?, tokens.fingerprint(), item.at)
-                }
-                _ => Found::policy(policy::read(tokens, &item)?, tokens.fingerprint(), item.at),
+            let (name, resource) = match section {
+                Section::Workloads => Item::workload(workload::read(tokens, &item)?),
+                Section::Services => Item::service(service::read(tokens, &item)?),
+                Section::Policies => Item::policy(policy::read(tokens, &item)?),
             };
+            let print = tokens.fingerprint();
+            let found = Found { item: resource, name, print, at: item.at, section, index };
+            index += 1;
             each(found)
         })
     })?;
