@@ -9,6 +9,11 @@ use std::{
     time::Duration,
 };
 
+use mesh_core::SpiffeId;
+use mesh_xds::{
+    Handler, Rejected, Update,
+    file::{LoadError, Source, load},
+};
 use tokio::time::Instant;
 
 /// A parser's invariant: it panics where a promise is broken.
@@ -24,6 +29,13 @@ const TARGETS: &[Target] = &[
     Target { name: "baggage", check: mesh_hbone::fuzz::baggage, words: HEADERS },
     Target { name: "forwarded", check: mesh_hbone::fuzz::forwarded, words: HEADERS },
     Target { name: "trace_parent", check: mesh_hbone::fuzz::trace_parent, words: HEADERS },
+    Target { name: "spiffe", check: spiffe, words: WORDS },
+    Target {
+        name: "zds",
+        check: ztunnel::pod::protocol::fuzz_request,
+        words: &["\u{a}", "\u{12}"],
+    },
+    Target { name: "local_file", check: local_file, words: YAML },
     Target { name: "peer_certificate", check: mesh_identity::fuzz::peer_certificate, words: WORDS },
     Target { name: "revocation_lists", check: mesh_identity::fuzz::revocation_lists, words: &[] },
     Target { name: "alert", check: mesh_identity::fuzz::alert, words: &[] },
@@ -33,6 +45,58 @@ const HEADERS: &[&str] =
     &[",", "=", ";", "\"", "host=", "for=", "k8s.", "service.name", "[::1]:80", "00-"];
 
 const WORDS: &[&str] = &["spiffe://", "/ns/", "/sa/", "cluster.local"];
+
+const YAML: &[&str] = &[
+    "workloads:\n",
+    "services:\n",
+    "policies:\n",
+    "- ",
+    ": ",
+    "\n  ",
+    "[",
+    "{",
+    "&a ",
+    "*a",
+    "|\n",
+    "!!str ",
+    "protocol: HBONE\n",
+    "network: \"\"\n",
+    "10.0.0.0/8",
+];
+
+/// An identity prints as the text that it was parsed from.
+fn spiffe(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(identity) = text.parse::<SpiffeId>() {
+        assert_eq!(identity.to_string(), text);
+    }
+}
+
+/// Counts what it is given.
+#[derive(Default)]
+struct Count(usize);
+
+impl<T> Handler<T> for Count {
+    fn handle(&mut self, updates: Vec<Update<T>>) -> Result<(), Vec<Rejected>> {
+        self.0 += updates.len();
+        Ok(())
+    }
+}
+
+/// A file is a mesh, every resource of which is handed over, or its fault has a place within it.
+fn local_file(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let mut count = Count::default();
+    match load(&Source::Inline(text.to_owned()), &mut count) {
+        Ok((_, report)) => assert_eq!(report.addresses + report.policies, count.0),
+        Err(LoadError::Invalid { source, .. }) => {
+            let lines = text.split(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']).count();
+            assert!(source.line() <= lines + 1, "line {} of {lines}", source.line());
+            assert!(!source.to_string().contains('\n'), "{source}");
+        }
+        Err(other) => assert!(!other.to_string().is_empty()),
+    }
+}
 
 /// No input is longer: parsers are to be quick, and so is finding.
 const LONGEST: usize = 8 << 10;
