@@ -170,8 +170,6 @@ impl Pod {
         let worker = self.shared.workers.next();
         self.tasks.spawn_on(worker, move |draining: Draining| async move {
             let taken = |stream: std::net::TcpStream, peer: SocketAddr| {
-                // Fails where the connection is gone, and whoever serves it finds out.
-                let _gone = pod.shared.redirect.accepted(door, &stream);
                 serve(&pod, stream, PeerAddr::from(peer).into());
             };
             let accepted = match Listener::from_socket(listener) {

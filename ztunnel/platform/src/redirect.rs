@@ -89,13 +89,6 @@ pub trait Redirect: Send + Sync + fmt::Debug {
 
     /// Whether the application sees its clients' addresses.
     fn original_source(&self, pod: &Pod) -> bool;
-
-    /// Sets the options of a connection that a pod's listener accepted.
-    ///
-    /// # Errors
-    ///
-    /// Fails where the socket is dead.
-    fn accepted(&self, door: Door, stream: &std::net::TcpStream) -> io::Result<()>;
 }
 
 /// Which listener.
@@ -109,7 +102,23 @@ pub enum Door {
     Hbone,
 }
 
-/// A pod's listeners. Not blocking.
+impl Door {
+    const fn port(self) -> u16 {
+        match self {
+            Self::Outbound => 15001,
+            Self::Inbound => 15006,
+            Self::Hbone => 15008,
+        }
+    }
+
+    /// What is accepted here gets TCP keepalive probes; tunnels have PING instead.
+    const fn is_probed(self) -> bool {
+        matches!(self, Self::Outbound | Self::Inbound)
+    }
+}
+
+/// A pod's listeners. Not blocking. What they accept has the options of proxied connections from them, without
+/// a system call for each: Linux copies them.
 #[derive(Debug)]
 pub struct Listeners {
     /// What the application dials.

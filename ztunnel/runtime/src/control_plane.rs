@@ -90,8 +90,9 @@ impl Roots {
         };
         let mut store = RootCertStore::empty();
         // As every client does with such bundles: what cannot be read is left out.
-        let (added, _left_out) =
-            store.add_parsable_certificates(CertificateDer::pem_slice_iter(&text).filter_map(Result::ok));
+        let (added, _left_out) = store.add_parsable_certificates(
+            CertificateDer::pem_slice_iter(&text).filter_map(Result::ok),
+        );
         if added == 0 { Err(ConnectError::NoRoots(origin)) } else { Ok(store) }
     }
 }
@@ -207,7 +208,8 @@ impl ControlPlane {
     /// If the address is not one.
     pub fn new(address: &str, tls: Tls, tasks: &Tasks) -> Result<Self, ConnectError> {
         let invalid = || ConnectError::Address(address.to_owned());
-        let whole = if address.contains("://") { address.to_owned() } else { format!("https://{address}") };
+        let whole =
+            if address.contains("://") { address.to_owned() } else { format!("https://{address}") };
         let uri: Uri = whole.parse().map_err(|_invalid| invalid())?;
         let (tls, default) = match uri.scheme_str() {
             Some("https") => (Some(tls), 443),
@@ -372,7 +374,8 @@ impl ServerCertVerifier for AlsoNamed {
             (
                 Some(name),
                 Err(rustls::Error::InvalidCertificate(
-                    CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+                    CertificateError::NotValidForName
+                    | CertificateError::NotValidForNameContext { .. },
                 )),
             ) => self.inner.verify_server_cert(leaf, intermediates, name, ocsp, now),
             (_, verified) => verified,
@@ -409,7 +412,10 @@ mod tests {
     #[test]
     fn what_a_setting_means() {
         assert_eq!(Roots::from_setting("SYSTEM"), Roots::System);
-        assert_eq!(Roots::from_setting("./var/run/root.pem"), Roots::File("./var/run/root.pem".into()));
+        assert_eq!(
+            Roots::from_setting("./var/run/root.pem"),
+            Roots::File("./var/run/root.pem".into())
+        );
         let pem = "-----BEGIN CERTIFICATE-----\n";
         assert_eq!(Roots::from_setting(pem), Roots::Pem(pem.to_owned()));
         assert!(matches!(Roots::from_setting(pem).read(), Err(ConnectError::NoRoots(_))));

@@ -115,9 +115,11 @@ fn accept_batch(
     for _ in 0..BATCH {
         match socket.accept() {
             Ok((stream, peer)) => {
+                // One system call; socket2 would take two.
+                let stream = TcpStream::from(stream);
                 // Neither fails on a TCP socket; a stream that stayed blocking would stall its worker.
                 if let (Some(peer), Ok(())) = (peer.as_socket(), stream.set_nonblocking(true)) {
-                    take(stream.into(), SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+                    take(stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
                 }
             }
             Err(error) if classify(&error) == Trouble::Connection => {}

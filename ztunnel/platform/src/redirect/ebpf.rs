@@ -12,7 +12,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-use super::{CaptureError, Door, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
+use super::{CaptureError, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
 use crate::{netns::Netns, socket::Connecting};
 use aya::Btf;
 use follow::Follower;
@@ -187,8 +187,8 @@ impl Ebpf {
         let adopted = folder.and_then(|folder| adopt(folder, netns));
         let generation =
             adopted.as_ref().map_or(0, Program::generation).wrapping_add(1) % GENERATIONS;
-        let listeners =
-            sockets::listeners(generation).map_err(CaptureError::kernel("listen in the pod"))?;
+        let listeners = sockets::listeners(&self.settings.options, generation)
+            .map_err(CaptureError::kernel("listen in the pod"))?;
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
         let here =
@@ -381,10 +381,6 @@ impl Redirect for Ebpf {
 
     fn original_source(&self, pod: &Pod) -> bool {
         matches!(pod.0.recipe, Recipe::Ebpf(_))
-    }
-
-    fn accepted(&self, door: Door, stream: &std::net::TcpStream) -> io::Result<()> {
-        self.settings.options.apply(stream, door != Door::Hbone)
     }
 }
 

@@ -74,7 +74,7 @@ impl External {
         Self { settings }
     }
 
-    fn listen(&self, port: u16) -> io::Result<(TcpListener, bool)> {
+    fn listen(&self, door: Door) -> io::Result<(TcpListener, bool)> {
         // A kernel without IPv6 has only the other one.
         let (socket, ip) = match self.settings.ipv6.then(|| socket::tcp(Domain::IPV6)) {
             Some(Ok(socket)) => {
@@ -99,9 +99,10 @@ impl External {
         if self.settings.port_reuse
             && let Err(error) = socket.set_reuse_port(true)
         {
-            tracing::warn!(%error, port, "cannot share a port with the proxy that follows");
+            tracing::warn!(%error, ?door, "cannot share a port with the proxy that follows");
         }
-        socket.bind(&SocketAddr::new(ip, port).into())?;
+        self.settings.options.apply(&socket, door.is_probed())?;
+        socket.bind(&SocketAddr::new(ip, door.port()).into())?;
         socket.listen(BACKLOG)?;
         Ok((socket.into(), transparent))
     }
@@ -119,9 +120,9 @@ impl External {
 impl Redirect for External {
     fn enrol(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError> {
         let open = || -> io::Result<_> {
-            let (outbound, transparent) = self.listen(15001)?;
-            let (inbound, _) = self.listen(15006)?;
-            let (hbone, _) = self.listen(15008)?;
+            let (outbound, transparent) = self.listen(Door::Outbound)?;
+            let (inbound, _) = self.listen(Door::Inbound)?;
+            let (hbone, _) = self.listen(Door::Hbone)?;
             Ok((Listeners { outbound, inbound, hbone }, transparent))
         };
         let (listeners, original_source) = netns
@@ -190,9 +191,5 @@ impl Redirect for External {
 
     fn original_source(&self, pod: &Pod) -> bool {
         matches!(&pod.0.recipe, Recipe::External(captured) if captured.original_source)
-    }
-
-    fn accepted(&self, door: Door, stream: &std::net::TcpStream) -> io::Result<()> {
-        self.settings.options.apply(stream, door != Door::Hbone)
     }
 }

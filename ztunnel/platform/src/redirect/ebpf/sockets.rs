@@ -1,7 +1,7 @@
 //! The sockets of a captured pod (`spec/capture.md` §1.2 and §1.4), in the namespace of the thread.
 
 use crate::{
-    redirect::{Listeners, SocketOptions},
+    redirect::{Door, Listeners, SocketOptions},
     socket::{self, Connecting},
 };
 use mesh_ebpf_common::{MARK, MARK_LEAVING};
@@ -25,9 +25,17 @@ pub(super) const fn mark(generation: u32) -> u32 {
 }
 
 /// All three listeners.
-pub(super) fn listeners(generation: u32) -> io::Result<Listeners> {
-    let open = |port| listener(generation, port);
-    Ok(Listeners { outbound: open(15001)?, inbound: open(15006)?, hbone: open(15008)? })
+pub(super) fn listeners(options: &SocketOptions, generation: u32) -> io::Result<Listeners> {
+    let open = |door: Door| {
+        let listener = listener(generation, door.port())?;
+        options.apply(&listener, door.is_probed())?;
+        Ok::<_, io::Error>(listener)
+    };
+    Ok(Listeners {
+        outbound: open(Door::Outbound)?,
+        inbound: open(Door::Inbound)?,
+        hbone: open(Door::Hbone)?,
+    })
 }
 
 /// A listener for both families. Its address is one that nobody can reach, so that only the program leads to
@@ -110,7 +118,8 @@ fn in_the_name_of(
 ) -> io::Result<Socket> {
     let domain = Domain::for_address(to);
     let socket = socket::tcp(domain)?;
-    options.apply(&socket, true)?;
+    // Without probes: it is on this machine, and cannot vanish without a word.
+    options.apply(&socket, false)?;
     socket.set_reuse_address(true)?;
     socket::set_transparent(&socket, domain)?;
     // So that the program sees it arrive by lo. Unmarked: a marked one would skip the route there.
