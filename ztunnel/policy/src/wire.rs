@@ -1,7 +1,7 @@
 //! From `istio.security` to the evaluator.
 
-use crate::{Action, Policy, Predicate, StringMatch};
-use mesh_core::{Cidr, Interner, Namespace, PolicyName, ServiceAccount};
+use crate::{Action, Policy, Predicate, StringMatch, dump::parts};
+use mesh_core::{Cidr, Interner, Namespace, PolicyName};
 use mesh_proto::istio::security::{
     self as proto, Action as ProtoAction, Clause, Match, Rule, ServiceAccountMatch,
     string_match::MatchType,
@@ -22,7 +22,7 @@ pub enum Scope {
 }
 
 /// A policy as the control plane sends it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Authorization {
     /// Its namespace.
     pub namespace: Namespace,
@@ -30,8 +30,6 @@ pub struct Authorization {
     pub scope: Scope,
     /// What it says.
     pub policy: Arc<Policy>,
-    /// What was sent, for the dump.
-    pub message: Arc<Message>,
 }
 
 /// A policy that cannot be enforced.
@@ -41,8 +39,19 @@ pub enum InvalidAuthorization {
     Name,
     /// The scope is unknown.
     Scope(i32),
-    /// The action is unknown.
-    Action(i32),
+    /// The action is unknown; the scope is not.
+    Action(i32, Scope),
+}
+
+impl InvalidAuthorization {
+    /// To whom the policy would apply, where that can be told.
+    #[must_use]
+    pub const fn scope(&self) -> Option<Scope> {
+        match self {
+            Self::Name | Self::Scope(_) => None,
+            Self::Action(_, scope) => Some(*scope),
+        }
+    }
 }
 
 impl fmt::Display for InvalidAuthorization {
@@ -50,7 +59,7 @@ impl fmt::Display for InvalidAuthorization {
         match self {
             Self::Name => f.write_str("name: not the name of a policy"),
             Self::Scope(value) => write!(f, "scope: unknown value {value}"),
-            Self::Action(value) => write!(f, "action: unknown value {value}"),
+            Self::Action(value, _) => write!(f, "action: unknown value {value}"),
         }
     }
 }
@@ -78,11 +87,18 @@ impl Authorization {
         let action = match ProtoAction::try_from(message.action) {
             Ok(ProtoAction::Allow) => Action::Allow,
             Ok(ProtoAction::Deny) => Action::Deny,
-            Err(_unknown) => return Err(InvalidAuthorization::Action(message.action)),
+            Err(_unknown) => return Err(InvalidAuthorization::Action(message.action, scope)),
         };
         let when = Predicate::Any(message.rules.iter().map(|r| rule(r, action)).collect());
+        if action == Action::Deny && has_empty_match(&when) {
+            tracing::warn!(
+                policy = %name,
+                "a rule of this DENY policy has a condition that says nothing, as istiod makes of one on HTTP \
+                 alone: the rule denies without it",
+            );
+        }
         let policy = Arc::new(Policy { name, action, dry_run: message.dry_run, when });
-        Ok(Self { namespace, scope, policy, message: Arc::new(message) })
+        Ok(Self { namespace, scope, policy })
     }
 
     /// The name of the policy.
@@ -90,6 +106,12 @@ impl Authorization {
     pub fn name(&self) -> &PolicyName {
         &self.policy.name
     }
+}
+
+/// Whether there is a match that is always true, as [`one`] makes of one without a field.
+fn has_empty_match(when: &Predicate) -> bool {
+    let clauses = parts(when).iter().flat_map(parts);
+    clauses.flat_map(parts).any(|one| matches!(one, Predicate::All(parts) if parts.is_empty()))
 }
 
 fn rule(rule: &Rule, action: Action) -> Predicate {
@@ -120,7 +142,7 @@ fn one(message: &Match, action: Action) -> Predicate {
             .map(|port| Predicate::DestinationPort((port & 0xffff).try_into().unwrap_or_default()))
             .collect::<Vec<_>>()
     };
-    let accounts = |list: &[ServiceAccountMatch]| list.iter().filter_map(account).collect();
+    let accounts = |list: &[ServiceAccountMatch]| list.iter().map(account).collect();
     let mut family = |positive: Vec<Predicate>, negative: Vec<Predicate>| {
         if !positive.is_empty() {
             parts.push(Predicate::Any(positive));
@@ -170,72 +192,13 @@ fn block(message: &proto::Address) -> Option<Cidr> {
     Cidr::new(ip, u8::try_from(message.length).ok()?).ok()
 }
 
-fn account(message: &ServiceAccountMatch) -> Option<Predicate> {
-    let namespace: Namespace = message.namespace.parse().ok()?;
-    let account: ServiceAccount = message.service_account.parse().ok()?;
-    Some(Predicate::SourceServiceAccount(namespace, account))
-}
-
-impl Authorization {
-    /// The policy in the shape of Istio's `/config_dump`.
-    #[must_use]
-    pub fn dump(&self) -> serde_json::Value {
-        use serde_json::json;
-        let Message { name, namespace, rules, dry_run, .. } = &*self.message;
-        let rule = |rule: &Rule| -> Vec<Vec<serde_json::Value>> {
-            rule.clauses.iter().map(|c| c.matches.iter().map(dump_match).collect()).collect()
-        };
-        json!({
-            "name": name,
-            "namespace": namespace,
-            "scope": match self.scope {
-                Scope::Global => "Global",
-                Scope::Namespace => "Namespace",
-                Scope::WorkloadSelector => "WorkloadSelector",
-            },
-            "action": match self.policy.action {
-                Action::Allow => "Allow",
-                Action::Deny => "Deny",
-            },
-            "rules": rules.iter().map(rule).collect::<Vec<_>>(),
-            "dryRun": dry_run,
-        })
+/// What is no name matches nobody. To leave it out would make an empty list of it, which is everybody.
+fn account(message: &ServiceAccountMatch) -> Predicate {
+    match (message.namespace.parse(), message.service_account.parse()) {
+        (Ok(namespace), Ok(account)) => Predicate::SourceServiceAccount(namespace, account),
+        (Ok(_) | Err(_), Ok(_) | Err(_)) => Predicate::Any(vec![]),
     }
 }
 
-fn dump_match(message: &Match) -> serde_json::Value {
-    use serde_json::{Map, Value, json};
-    let text = |m: &proto::StringMatch| match m.match_type.as_ref()? {
-        MatchType::Exact(text) => Some(json!({ "Exact": text })),
-        MatchType::Prefix(text) => Some(json!({ "Prefix": text })),
-        MatchType::Suffix(text) => Some(json!({ "Suffix": text })),
-        MatchType::Presence(()) => Some(json!({ "Presence": [] })),
-    };
-    let texts = |list: &[proto::StringMatch]| list.iter().filter_map(text).collect::<Vec<_>>();
-    let blocks = |list: &[proto::Address]| {
-        list.iter().filter_map(block).map(|b| Value::from(b.to_string())).collect::<Vec<_>>()
-    };
-    let ports = |list: &[u32]| list.iter().map(|port| Value::from(*port)).collect::<Vec<_>>();
-    let accounts = |list: &[ServiceAccountMatch]| {
-        list.iter()
-            .map(|a| json!({ "namespace": a.namespace, "serviceAccount": a.service_account }))
-            .collect::<Vec<_>>()
-    };
-    let m = message;
-    let lists = [
-        ("namespaces", texts(&m.namespaces)),
-        ("notNamespaces", texts(&m.not_namespaces)),
-        ("principals", texts(&m.principals)),
-        ("notPrincipals", texts(&m.not_principals)),
-        ("serviceAccounts", accounts(&m.service_accounts)),
-        ("notServiceAccounts", accounts(&m.not_service_accounts)),
-        ("sourceIps", blocks(&m.source_ips)),
-        ("notSourceIps", blocks(&m.not_source_ips)),
-        ("destinationIps", blocks(&m.destination_ips)),
-        ("notDestinationIps", blocks(&m.not_destination_ips)),
-        ("destinationPorts", ports(&m.destination_ports)),
-        ("notDestinationPorts", ports(&m.not_destination_ports)),
-    ];
-    let filled = lists.into_iter().filter(|(_, list)| !list.is_empty());
-    filled.map(|(key, list)| (key.to_owned(), Value::from(list))).collect::<Map<_, _>>().into()
-}
+#[cfg(test)]
+mod tests;
