@@ -33,13 +33,14 @@ use mesh_runtime::{
     tasks::Tasks,
     threads::{self, Workers},
 };
-use mesh_state::Writer;
+use mesh_state::{Handle, Writer};
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
+use tokio::time::Instant;
 
 /// The readiness port. Istio's, and not to be changed.
 const READINESS_PORT: u16 = 15021;
@@ -85,8 +86,9 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let workers = Workers::start(config.process.workers).context("start the workers")?;
     register_process(&doors.registry);
     register_workers(&doors.registry, &workers);
-    let writer = Writer::new(config.node.name.clone());
+    let writer = Writer::new(config.node.name.clone()).timed(uptime);
     let state = writer.handle();
+    watch_state(&doors.registry, &state);
     let sources = Sources::new(writer, &doors.dump);
     load(&config, sources, &doors, &base)?;
 
@@ -178,6 +180,22 @@ fn watch_log(registry: &Registry, log: &LogHandle) {
     );
     let (dropped, log) = (dropped.single(), log.clone());
     registry.on_scrape(move |_| dropped.absolute(log.dropped()));
+}
+
+/// A monotonic clock.
+fn uptime() -> Duration {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    BEGAN.get_or_init(Instant::now).elapsed()
+}
+
+/// How long the writer of the state has kept the data path waiting.
+fn watch_state(registry: &Registry, state: &Handle) {
+    let longest = registry.gauge(
+        "istio_state_longest_hold_seconds",
+        "The longest time that one step of an update has kept readers of the state waiting.",
+    );
+    let (longest, state) = (longest.single(), state.clone());
+    registry.on_scrape(move |_| longest.set(state.longest_hold().as_secs_f64()));
 }
 
 fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<()> {

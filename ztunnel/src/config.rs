@@ -13,6 +13,7 @@ use mesh_runtime::{
 };
 use mesh_state::PodInfo;
 use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, time::Duration};
+use tracing::Level;
 
 /// Where Istio keeps the mesh's config in its images.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
@@ -455,6 +456,10 @@ fn data_path(reader: &mut Reader<'_>, capture: &Capture) -> DataPath {
         network,
         response_baggage: reader.toggle(&keys::ENABLE_RESPONSE_BAGGAGE),
         localhost_tunnel: reader.toggle(&keys::LOCALHOST_APP_TUNNEL),
+        policy_log: match reader.toggle(&keys::AUTHZ_POLICY_INFO_LOGGING) {
+            true => Level::INFO,
+            false => Level::DEBUG,
+        },
         // Whose open connections go on after a pod has left the mesh: with rules of somebody else's
         // they cannot, because those are gone by then.
         farewell: match capture {

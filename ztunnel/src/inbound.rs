@@ -179,7 +179,8 @@ impl Tunnel {
             carrier: Carrier::Hbone,
         });
         let facts = Facts::new(self.peer.ip(), self.identity.clone(), target.address);
-        let mut watch = PolicyWatch::new(self.pod.enrolment.policies.clone(), facts);
+        let mut watch = PolicyWatch::new(self.pod.enrolment.policies.clone(), facts)
+            .telling(self.pod.shared.config.policy_log);
         let ends = match watch.admit().await {
             Ok(permit) => self.answer(incoming, permit, target).await,
             Err(denial) => {

@@ -49,6 +49,8 @@ pub struct DataPath {
     pub response_baggage: bool,
     /// Whether applications that take the PROXY protocol are reached on loopback.
     pub localhost_tunnel: bool,
+    /// At which level it is logged what each policy says of a connection.
+    pub policy_log: Level,
     /// How long the open connections of a pod that has left the mesh go on.
     pub farewell: Duration,
 }

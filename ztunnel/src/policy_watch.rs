@@ -4,13 +4,14 @@
 //! is no registry of connections to search.
 
 use mesh_core::SpiffeId;
-use mesh_policy::{Attributes, Denial, Permit, PolicySet, decide};
+use mesh_policy::{Attributes, Denial, Permit, PolicySet, decide, findings};
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 use tokio::{sync::watch, time::timeout};
+use tracing::Level;
 
 /// How long a connection waits for a policy that applies and has not arrived. Istio's proxy waits as
 /// long for a workload.
@@ -64,12 +65,40 @@ impl Attributes for Facts {
 pub(crate) struct PolicyWatch {
     policies: watch::Receiver<Arc<PolicySet>>,
     facts: Facts,
+    level: Level,
 }
 
 impl PolicyWatch {
     /// Watches from the next decision on.
     pub(crate) fn new(policies: watch::Receiver<Arc<PolicySet>>, facts: Facts) -> Self {
-        Self { policies, facts }
+        Self { policies, facts, level: Level::DEBUG }
+    }
+
+    /// Logs at this level what each policy says when the flow is let in or is not.
+    pub(crate) fn telling(mut self, level: Level) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// Above all what the policies on trial would do.
+    fn tell(&self, set: &PolicySet) {
+        let is_wanted = match self.level {
+            Level::INFO => tracing::enabled!(Level::INFO),
+            _ => tracing::enabled!(Level::DEBUG),
+        };
+        if !is_wanted {
+            return;
+        }
+        let Facts { principal, source_ip, destination, .. } = &self.facts;
+        for finding in findings(set, &self.facts) {
+            let (policy, peer) = (finding.policy(), principal.as_deref().unwrap_or("unknown"));
+            match self.level {
+                Level::INFO => {
+                    tracing::info!(%policy, source = %source_ip, peer, %destination, "{finding}");
+                }
+                _ => tracing::debug!(%policy, source = %source_ip, peer, %destination, "{finding}"),
+            }
+        }
     }
 
     fn decide(&mut self) -> (Arc<PolicySet>, Result<Permit, Denial>) {
@@ -84,13 +113,14 @@ impl PolicyWatch {
     ///
     /// Returns the refusal. [`Denial::Missing`] means that the wait was in vain.
     pub(crate) async fn admit(&mut self) -> Result<Permit, Denial> {
-        let mut answer = self.decide().1;
+        let (mut set, mut answer) = self.decide();
         if !matches!(answer, Err(Denial::Missing(_))) {
+            self.tell(&set);
             return answer;
         }
         let wait = async {
             while self.policies.changed().await.is_ok() {
-                answer = self.decide().1;
+                (set, answer) = self.decide();
                 if !matches!(answer, Err(Denial::Missing(_))) {
                     return;
                 }
@@ -98,6 +128,7 @@ impl PolicyWatch {
         };
         // Out of time: the last answer stands, and it is a refusal.
         let _elapsed = timeout(PATIENCE, wait).await;
+        self.tell(&set);
         answer
     }
 

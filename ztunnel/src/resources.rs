@@ -82,7 +82,7 @@ impl Handler<Authorization> for Sources {
                     Ok(change) => changes.push(change),
                     Err(error) => {
                         // Those that it applies to must know that it cannot be enforced.
-                        changes.extend(name.parse().ok().map(Change::RejectPolicy));
+                        changes.extend(Writer::rejection(&name, &error));
                         rejected.push(Rejected { name, reason: error.to_string() });
                     }
                 },

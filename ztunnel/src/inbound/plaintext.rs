@@ -74,7 +74,8 @@ async fn serve(
         carrier: Carrier::Tcp,
     });
     let facts = Facts::new(peer.ip(), None, destination);
-    let mut watch = PolicyWatch::new(pod.enrolment.policies.clone(), facts);
+    let mut watch = PolicyWatch::new(pod.enrolment.policies.clone(), facts)
+        .telling(pod.shared.config.policy_log);
     let outcome = match watch.admit().await {
         Ok(permit) => {
             let relayed = async {

@@ -181,3 +181,6 @@ fn announced(ask: Ask<'_>, service: Option<&Service>) -> Result<SocketAddr, Refu
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! The state in the shape of Istio's `/config_dump`, as istioctl reads it.
 
-use crate::Handle;
+use crate::{Handle, View, services::Group};
 use mesh_core::{
     Gateway, Health, HealthPolicy, IpFamilies, LoadBalancing, Membership, Mode, NetworkMode,
     PortMap, Scope, Service, TunnelProtocol, Visibility, Workload,
@@ -37,10 +37,18 @@ fn health(health: Health) -> &'static str {
     }
 }
 
+/// All, a part of the index at a time, so that the writer and with it the readers never wait for long.
+fn gather<T>(state: &Handle, of_part: impl Fn(&View, usize) -> Option<Vec<T>>) -> Vec<T> {
+    let part = |part| state.read(|view| of_part(view, part));
+    (0..).map_while(part).flatten().collect()
+}
+
 /// The workloads, by uid.
 #[must_use]
 pub fn workloads(state: &Handle) -> Value {
-    let mut all: Vec<Arc<Workload>> = state.read(|view| view.workloads.iter().cloned().collect());
+    let part =
+        |view: &View, part| view.workloads.of_part(part).map(|these| these.cloned().collect());
+    let mut all: Vec<Arc<Workload>> = gather(state, part);
     all.sort_unstable_by(|a, b| a.uid.cmp(&b.uid));
     all.iter().map(|w| workload(w)).collect()
 }
@@ -116,9 +124,9 @@ fn workload(w: &Workload) -> Value {
 /// The services, by hostname.
 #[must_use]
 pub fn services(state: &Handle) -> Value {
-    let mut all: Vec<(Arc<Service>, Vec<Arc<Workload>>)> = state.read(|view| {
-        let endpoints = |s: &Arc<Service>| view.endpoints(&s.key).cloned().collect();
-        view.services.iter().map(|s| (Arc::clone(s), endpoints(s))).collect()
+    let one = |group: &Group| Some((Arc::clone(group.service()?), group.endpoints().to_vec()));
+    let mut all: Vec<(Arc<Service>, Vec<Arc<Workload>>)> = gather(state, |view, part| {
+        view.services.of_part(part).map(|groups| groups.filter_map(one).collect())
     });
     all.sort_unstable_by(|(a, _), (b, _)| {
         (&a.key.hostname, &a.key.namespace).cmp(&(&b.key.hostname, &b.key.namespace))
@@ -237,18 +245,29 @@ pub fn policies(state: &Handle) -> Value {
 /// The endpoints of services that have not come.
 #[must_use]
 pub fn staged_services(state: &Handle) -> Value {
-    let staged = state.read(|view| {
-        let of = |(key, uids): (
-            &mesh_core::ServiceKey,
-            &std::collections::HashSet<mesh_core::WorkloadUid>,
-        )| {
-            let endpoints: Map<_, _> = uids
-                .iter()
-                .map(|uid| (uid.to_string(), json!({ "workloadUid": uid.to_string() })))
-                .collect();
-            (key.to_string(), Value::Object(endpoints))
-        };
-        view.services.staged().map(of).collect::<Map<_, _>>()
+    let one = |group: &Group| {
+        let endpoints = || group.endpoints().to_vec();
+        group.service().is_none().then(|| (group.key().to_string(), endpoints()))
+    };
+    let staged = gather(state, |view, part| {
+        view.services.of_part(part).map(|groups| groups.filter_map(one).collect())
     });
+    let of = |(key, endpoints): (String, Vec<Arc<Workload>>)| {
+        let endpoints: Map<_, _> = endpoints
+            .iter()
+            .map(|w| {
+                let own = w.services.iter().find(|member| member.service.to_string() == key);
+                let own = ports(own.map(|member| &*member.ports).unwrap_or_default());
+                let uid = w.uid.to_string();
+                let value = json!({ "workloadUid": uid, "port": own, "status": health(w.health) });
+                (uid, value)
+            })
+            .collect();
+        (key, Value::Object(endpoints))
+    };
+    let staged: Map<_, _> = staged.into_iter().map(of).collect();
     if staged.is_empty() { Value::Null } else { staged.into() }
 }
+
+#[cfg(test)]
+mod tests;

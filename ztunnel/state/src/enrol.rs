@@ -1,11 +1,11 @@
 //! The pods that this node serves, as far as the state concerns them: which workload each is, and which
 //! policies apply to it. Kept up by the writer, watched by connections.
 
-use crate::View;
+use crate::{View, view::Reach};
 use mesh_core::{Namespace, PolicyName, ServiceAccount, Text, Workload};
-use mesh_policy::{Entry, PolicySet, wire::Authorization};
+use mesh_policy::{Entry, PolicySet};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -46,7 +46,16 @@ struct Enrolled {
     pod: PodInfo,
     workload: watch::Sender<Option<Arc<Workload>>>,
     policies: watch::Sender<Arc<PolicySet>>,
+    /// The policies that its workload names, or named last: a workload that is gone for a moment does not
+    /// lift what the pod's connections are held to.
+    selected: Mutex<Selected>,
 }
+
+/// Names of policies.
+type Selected = Box<[PolicyName]>;
+
+/// The sets that were made for other pods: many have the same.
+type Made = HashMap<(Namespace, Selected), Arc<PolicySet>>;
 
 /// All served pods.
 #[derive(Debug, Default)]
@@ -55,18 +64,20 @@ pub(crate) struct Roster {
     version: AtomicU64,
 }
 
-impl Roster {
-    fn pods(&self) -> MutexGuard<'_, Vec<Weak<Enrolled>>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
+impl Roster {
     pub(crate) fn enrol(&self, pod: PodInfo, view: &View) -> Enrolment {
-        let found = Self::find(&pod, view);
-        let set = self.policies(&pod, found.as_deref(), view);
+        let found = view.workloads.local(&pod).cloned();
+        let selected = found.as_ref().map(|w| w.policies.clone()).unwrap_or_default();
+        let set = self.policies(&pod.namespace, &selected, view);
         let (workload, workload_seen) = watch::channel(found);
         let (policies, policies_seen) = watch::channel(Arc::new(set));
-        let entry = Arc::new(Enrolled { pod, workload, policies });
-        let mut pods = self.pods();
+        let selected = Mutex::new(selected);
+        let entry = Arc::new(Enrolled { pod, workload, policies, selected });
+        let mut pods = lock(&self.pods);
         pods.retain(|pod| pod.strong_count() > 0);
         pods.push(Arc::downgrade(&entry));
         Enrolment { workload: workload_seen, policies: policies_seen, _entry: entry }
@@ -74,10 +85,26 @@ impl Roster {
 
     /// Tells the pods what has changed for them.
     pub(crate) fn refresh(&self, view: &View) {
-        let pods: Vec<_> = self.pods().iter().filter_map(Weak::upgrade).collect();
+        let pods: Vec<_> = lock(&self.pods).iter().filter_map(Weak::upgrade).collect();
+        let mut made = Made::new();
         for pod in pods {
-            let found = Self::find(&pod.pod, view);
-            let set = self.policies(&pod.pod, found.as_deref(), view);
+            let found = view.workloads.local(&pod.pod).cloned();
+            let mut selected = lock(&pod.selected);
+            if let Some(found) = &found {
+                selected.clone_from(&found.policies);
+            }
+            let key = (pod.pod.namespace.clone(), selected.clone());
+            let set = made.entry(key).or_insert_with_key(|(namespace, selected)| {
+                Arc::new(self.policies(namespace, selected, view))
+            });
+            // The policies first: whoever sees the workload sees all that it is held to.
+            pod.policies.send_if_modified(|known| {
+                let changed = known.entries() != set.entries();
+                if changed {
+                    *known = Arc::clone(set);
+                }
+                changed
+            });
             pod.workload.send_if_modified(|known| {
                 let changed = *known != found;
                 if changed {
@@ -85,33 +112,19 @@ impl Roster {
                 }
                 changed
             });
-            pod.policies.send_if_modified(|known| {
-                let changed = known.entries() != set.entries();
-                if changed {
-                    *known = Arc::new(set);
-                }
-                changed
-            });
         }
     }
 
-    fn find(pod: &PodInfo, view: &View) -> Option<Arc<Workload>> {
-        view.workloads.local(pod).cloned()
-    }
-
-    /// Those of all, those of its namespace, and those that it names. Before its workload is known,
-    /// nothing is decided for it.
-    fn policies(&self, pod: &PodInfo, workload: Option<&Workload>, view: &View) -> PolicySet {
+    /// Those of all, those of the namespace, and those that the workload names.
+    fn policies(&self, namespace: &Namespace, selected: &[PolicyName], view: &View) -> PolicySet {
         let none = BTreeSet::new();
-        let scope = |key: Option<Namespace>| view.scoped.get(&key).unwrap_or(&none);
+        let scope = |reach: Reach| view.scoped.get(&reach).unwrap_or(&none);
         let mut names: BTreeSet<&PolicyName> = scope(None).iter().collect();
-        names.extend(scope(Some(pod.namespace.clone())));
-        if let Some(workload) = workload {
-            names.extend(workload.policies.iter());
-        }
+        names.extend(scope(Some(namespace.clone())));
+        names.extend(selected);
         let entry = |name: &PolicyName| match view.policies.get(name) {
             Some(known) => Entry::Known(Arc::clone(&known.policy)),
-            None if view.rejected.contains(name) => Entry::Rejected(name.clone()),
+            None if view.rejected.contains_key(name) => Entry::Rejected(name.clone()),
             None => Entry::Missing(name.clone()),
         };
         let entries = names.into_iter().map(entry).collect();
@@ -119,12 +132,5 @@ impl Roster {
     }
 }
 
-/// The namespace whose pods a policy applies to by its scope: `Some(None)` is all.
-pub(crate) fn scope_of(policy: &Authorization) -> Option<Option<Namespace>> {
-    use mesh_policy::wire::Scope;
-    match policy.scope {
-        Scope::Global => Some(None),
-        Scope::Namespace => Some(Some(policy.namespace.clone())),
-        Scope::WorkloadSelector => None,
-    }
-}
+#[cfg(test)]
+mod tests;

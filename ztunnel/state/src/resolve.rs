@@ -1,7 +1,7 @@
 //! From an address or a gateway reference to the endpoint that serves it. Pure: chance comes in as a
 //! seed.
 
-use crate::View;
+use crate::{View, services::Group};
 use mesh_core::{
     Destination, Gateway, Health, HealthPolicy, IpFamilies, Mode, NetworkAddress, NetworkId, Scope,
     Service, Workload,
@@ -68,9 +68,7 @@ pub fn spread(seed: u64, salt: u64) -> u64 {
 /// One of the items by weight; `None` where all weights are 0.
 pub fn weighted<T>(items: &[(T, u32)], seed: u64) -> Option<&T> {
     let total: u64 = items.iter().map(|(_, weight)| u64::from(*weight)).sum();
-    // Maps the seed onto [0, total) without the bias of a remainder.
-    let at = (u128::from(spread(seed, 0)) * u128::from(total)) >> 64;
-    let mut left = u64::try_from(at).unwrap_or_default();
+    let mut left = below(spread(seed, 0), total);
     items.iter().find_map(|(item, weight)| {
         let weight = u64::from(*weight);
         if left < weight {
@@ -105,12 +103,18 @@ impl View {
             return Found::Passthrough(service);
         }
         let target = |workload: &Workload| target_port(&service, workload, port, query.resolution);
-        let candidates = self
-            .endpoints(&service.key)
-            .filter(|workload| is_candidate(&service, workload, query.source))
-            .filter(|workload| target(workload).is_some());
-        let ranked = best(&service, query.source, candidates);
-        match weighted(&ranked, query.seed).copied() {
+        let usable = |workload: &Workload| {
+            is_candidate(&service, workload, query.source) && target(workload).is_some()
+        };
+        let Some(group) = self.services.group(&service.key) else {
+            return Found::NoEndpoint(service);
+        };
+        let drawn = if mode == Mode::Standard { draw(group, query.seed, usable) } else { None };
+        let chosen = drawn.or_else(|| {
+            let candidates = group.endpoints().iter().filter(|workload| usable(workload));
+            weighted(&best(&service, query.source, candidates), query.seed).copied()
+        });
+        match chosen {
             Some(workload) => {
                 let port = target(workload).unwrap_or(port);
                 let workload = Arc::clone(workload);
@@ -150,7 +154,7 @@ impl View {
     #[must_use]
     pub fn gateway_is(&self, gateway: &Gateway, is_it: impl Fn(&Workload) -> bool) -> bool {
         let of_service =
-            |service: &Service| self.endpoints(&service.key).any(|workload| is_it(workload));
+            |service: &Service| self.endpoints(&service.key).iter().any(|workload| is_it(workload));
         match &gateway.destination {
             Destination::Address(address) => {
                 self.workload_at(address).is_some_and(|workload| is_it(&workload))
@@ -169,24 +173,54 @@ impl View {
 }
 
 /// The endpoint's own port for the service's, else the service's target; where neither is said, an
-/// application that terminates tunnels gets the port that was asked for.
+/// application that takes tunnels on a port of its own gets the port that was asked for.
 fn target_port(
     service: &Service,
     workload: &Workload,
     port: u16,
     resolution: Resolution,
 ) -> Option<u16> {
-    let own = workload.membership(&service.key).and_then(|member| member.target_port(port));
-    let tunnel = workload.application_tunnel.is_some();
-    match (own, service.target_port(port), resolution) {
-        (Some(own), Some(_), _) => Some(own),
-        (Some(own), None, Resolution::Waypoint) if tunnel => Some(own),
-        (None, Some(target), _) if target != 0 => Some(target),
-        (None, Some(_) | None, Resolution::Waypoint) if tunnel => {
-            Some(workload.application_tunnel.and_then(|tunnel| tunnel.port).unwrap_or(port))
-        }
-        (Some(_) | None, _, Resolution::Standard | Resolution::Waypoint) => None,
+    let declared = service.target_port(port);
+    let tunnel = workload.application_tunnel;
+    let may = match resolution {
+        Resolution::Standard => declared.is_some(),
+        Resolution::Waypoint => declared.is_some() || tunnel.is_some(),
+    };
+    if !may {
+        return None;
     }
+    let own = workload.membership(&service.key).and_then(|member| member.target_port(port));
+    let open = match resolution {
+        Resolution::Standard => None,
+        Resolution::Waypoint => tunnel.and_then(|tunnel| tunnel.port).map(|_| port),
+    };
+    own.or(declared.filter(|target| *target != 0)).or(open)
+}
+
+/// Fewer endpoints are weighed all.
+const MANY: usize = 32;
+/// Where so many draws hit nobody, most endpoints cannot be used, and all are weighed.
+const DRAWS: u64 = 32;
+
+/// Draws endpoints until one can be used and is heavy enough: as likely as its weight, and without looking
+/// at all of them.
+fn draw(group: &Group, seed: u64, usable: impl Fn(&Workload) -> bool) -> Option<&Arc<Workload>> {
+    let endpoints = group.endpoints();
+    if endpoints.len() < MANY {
+        return None;
+    }
+    (0..DRAWS).find_map(|turn| {
+        let chance = spread(seed, turn);
+        let endpoint =
+            endpoints.get(usize::try_from(below(chance, endpoints.len() as u64)).ok()?)?;
+        let heavy = below(spread(chance, 1), group.heaviest().into()) < endpoint.capacity.into();
+        (heavy && usable(endpoint)).then_some(endpoint)
+    })
+}
+
+/// Maps a random number onto `0..end` without the bias of a remainder.
+fn below(chance: u64, end: u64) -> u64 {
+    u64::try_from((u128::from(chance) * u128::from(end)) >> 64).unwrap_or_default()
 }
 
 fn is_candidate(service: &Service, workload: &Workload, source: &Workload) -> bool {
@@ -272,3 +306,6 @@ pub fn choose_ip(workload: &Workload, service: Option<&Service>, asked: IpAddr) 
     let same = workload.ips.iter().filter(allowed).find(|ip| ip.is_ipv4() == asked.is_ipv4());
     same.or_else(|| workload.ips.iter().find(allowed)).copied()
 }
+
+#[cfg(test)]
+mod tests;

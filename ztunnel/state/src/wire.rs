@@ -377,3 +377,6 @@ fn load_balancing(message: &proto::LoadBalancing) -> Read<LoadBalancing> {
         },
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,28 @@ workloads:
 - {uid: c//Pod/ns/named, name: named, namespace: ns, hostname: named.example, protocol: TCP, services: {ns/named.ns: {80: 8080}}}
 - {uid: c//Pod/ns/far, name: far, namespace: ns, network: far, protocol: HBONE, networkGateway: {destination: "/10.0.0.8", hboneMtlsPort: 15008}, services: {ns/far.ns: {80: 8080}}}
 - {uid: gw, name: gw, namespace: ns, serviceAccount: gw, workloadIps: [10.0.0.8], protocol: HBONE}
+- {uid: c//Pod/ns/wp2, name: wp2, namespace: ns, serviceAccount: wp2, workloadIps: [10.0.0.16, "fd00::16"], protocol: HBONE, services: {ns/wp2.ns: {}}, applicationTunnel: {protocol: PROXY, port: 15088}}
+- {uid: c//Pod/ns/host, name: host, namespace: ns, workloadIps: [10.0.0.17], protocol: HBONE, networkMode: HostNetwork}
+- {uid: c//Pod/ns/lonely, name: lonely, namespace: ns, network: far, workloadIps: [10.0.0.18], protocol: HBONE, services: {ns/lonely.ns: {80: 8080}}}
+- {uid: c//Pod/ns/farwp, name: farwp, namespace: ns, network: far, protocol: HBONE, networkGateway: {destination: ns/gw.ns, hboneMtlsPort: 15008}, services: {ns/farwp.ns: {15008: 15008}}}
+- {uid: c//Pod/ns/nogw, name: nogw, namespace: ns, network: far, protocol: HBONE, networkGateway: {destination: /10.99.0.1, hboneMtlsPort: 15008}, services: {ns/nogw.ns: {80: 8080}}}
+- {uid: gw2, name: gw2, namespace: ns, serviceAccount: gw2, workloadIps: [10.0.0.19], protocol: HBONE, services: {ns/gw.ns: {15008: 15009}}}
+- {uid: c//Pod/ns/v4, name: v4, namespace: ns, workloadIps: [10.0.0.20], protocol: HBONE, services: {ns/six.ns: {80: 8080}}}
+- {uid: c//Pod/ns/byhost, name: byhost, namespace: ns, hostname: byhost.ns, workloadIps: [10.0.0.21], protocol: HBONE}
 services:
+- {name: wp2, namespace: ns, hostname: wp2.ns, vips: ["/10.1.0.20", "/fd01::20"], ports: {}, subjectAltNames: ["spiffe://td/ns/x/sa/wp"]}
+- {name: weighted, namespace: ns, hostname: weighted.ns, vips: [/10.1.0.21], ports: {80: 8080}, weightedWaypoints: [{destination: {destination: ns/wp.ns, hboneMtlsPort: 15008}, weight: 0}, {destination: {destination: ns/wp2.ns, hboneMtlsPort: 15008}, weight: 5}]}
+- {name: zero, namespace: ns, hostname: zero.ns, vips: [/10.1.0.22], ports: {80: 8080}, waypoint: {destination: ns/wp.ns, hboneMtlsPort: 15008}, weightedWaypoints: [{destination: {destination: ns/wp2.ns, hboneMtlsPort: 15008}, weight: 0}]}
+- {name: six, namespace: ns, hostname: six.ns, vips: [/10.1.0.23], ports: {80: 8080}, ipFamilies: IPv6}
+- {name: lonely, namespace: ns, hostname: lonely.ns, vips: [/10.1.0.24], ports: {80: 8080}}
+- {name: nogw, namespace: ns, hostname: nogw.ns, vips: [/10.1.0.25], ports: {80: 8080}}
+- {name: gw, namespace: ns, hostname: gw.ns, vips: [/10.1.0.26], ports: {15008: 15008}}
+- {name: farwp, namespace: ns, hostname: farwp.ns, vips: [/10.1.0.27], ports: {15008: 15008}, subjectAltNames: ["spiffe://td/ns/far/sa/farwp"]}
+- {name: behindfar, namespace: ns, hostname: behindfar.ns, vips: [/10.1.0.28], ports: {80: 8080}, waypoint: {destination: ns/farwp.ns, hboneMtlsPort: 15008}, subjectAltNames: ["spiffe://td/ns/not/sa/this"]}
+- {name: six, namespace: ns, hostname: v6wp.ns, vips: ["/fd01::29", /10.1.0.29], ports: {80: 8080}, waypoint: {destination: ns/wp2.ns, hboneMtlsPort: 15008}}
+- {name: fixed, namespace: ns, hostname: fixed.ns, vips: ["/fd01::30"], ports: {80: 8080}, waypoint: {destination: /10.1.0.20, hboneMtlsPort: 15008}}
+- {name: hosted, namespace: ns, hostname: hosted.ns, vips: [/10.1.0.31], ports: {80: 8080}, waypoint: {destination: ns/byhost.ns, hboneMtlsPort: 15008}}
+- {name: own, namespace: ns, hostname: own.ns, vips: [/10.1.0.32], ports: {80: 8080}, visibility: Namespace, loadBalancer: {routingPreferences: [], mode: Passthrough}}
 - {name: svc, namespace: ns, hostname: svc.ns, vips: [/10.1.0.1, "/fd01::1"], ports: {80: 8080}, subjectAltNames: ["spiffe://td/ns/x/sa/y"]}
 - {name: near, namespace: ns, hostname: near.ns, vips: [/10.1.0.2], ports: {80: 0}, loadBalancer: {routingPreferences: [Region, Zone], mode: Failover}}
 - {name: strict, namespace: ns, hostname: strict.ns, vips: [/10.1.0.3], ports: {80: 8080}, loadBalancer: {routingPreferences: [Node, Subzone, Cluster, Network], mode: Strict}}
@@ -80,6 +101,46 @@ fn plans() {
         ("passthrough", "10.1.0.12:80", "untouched to 10.1.0.12:80"),
         ("known by name", "10.1.0.13:80", r#"Name(Hostname("named.example"))"#),
         ("another network", "10.1.0.14:80", "tunnel through 10.0.0.8:15008 for far.ns:80"),
+        ("waypoint by weight", "10.1.0.21:80", "tunnel to 10.0.0.16:15008 for 10.1.0.21:80"),
+        ("waypoints without weight", "10.1.0.22:80", "tunnel to 10.0.0.6:15008 for 10.1.0.22:80"),
+        (
+            "waypoint of the client's family",
+            "[fd01::29]:80",
+            "tunnel to [fd00::16]:15008 for [fd01::29]:80",
+        ),
+        (
+            "waypoint of the reference's family",
+            "[fd01::30]:80",
+            "tunnel to 10.0.0.16:15008 for [fd01::30]:80",
+        ),
+        (
+            "waypoint by a workload's name",
+            "10.1.0.31:80",
+            "tunnel to 10.0.0.21:15008 for 10.1.0.31:80",
+        ),
+        (
+            "waypoint of another network",
+            "10.1.0.28:80",
+            "tunnel through 10.0.0.19:15009 for behindfar.ns:80",
+        ),
+        ("its node's address", "10.0.0.17:80", "untouched to 10.0.0.17:80"),
+        ("its own namespace's", "10.1.0.32:80", "untouched to 10.1.0.32:80"),
+        (
+            "no address of the family",
+            "10.1.0.23:80",
+            "refused: workload c//Pod/ns/v4 has no address of a family that the service serves",
+        ),
+        (
+            "no gateway",
+            "10.1.0.24:80",
+            "refused: workload c//Pod/ns/lonely is on another network, and no gateway leads there",
+        ),
+        (
+            "unknown gateway",
+            "10.1.0.25:80",
+            "refused: unknown network gateway: /10.99.0.1: it has no healthy endpoint, or the control plane has not sent it",
+        ),
+        ("another network's address", "10.0.0.18:80", "untouched to 10.0.0.18:80"),
     ] {
         let answer = decide(&state, &source, to, 1, &Resolved::default());
         assert_eq!(answer, expect, "{name}");
@@ -121,6 +182,50 @@ fn the_far_end_must_be_who_the_control_plane_says() {
     let expect: Vec<_> = tunnel.expect.iter().map(ToString::to_string).collect();
     assert_eq!(expect, ["spiffe://td/ns/x/sa/y", "spiffe://cluster.local/ns/ns/sa/a"]);
     assert_eq!(service.unwrap().key.hostname.as_str(), "svc.ns");
+}
+
+/// To whom each tunnel may lead, in the order of opening.
+fn expected(state: &Handle, source: &Arc<Workload>, to: &str) -> Vec<String> {
+    let config = PlanConfig::new(NetworkId::default());
+    let flow = Flow {
+        client: PeerAddr::from(SocketAddr::new(source.ips[0], 40000)),
+        to: to.parse::<SocketAddr>().unwrap().into(),
+        seed: 1,
+    };
+    let verdict = state.read(|view| plan(view, &config, &Resolved::default(), source, flow));
+    let Verdict::Go(Plan { via, .. }) = verdict else { panic!("{verdict:?}") };
+    let tunnels = match via {
+        Via::Passthrough(_) | Via::Tcp(_) => vec![],
+        Via::Hbone(_, tunnel) => vec![tunnel],
+        Via::DoubleHbone { outer, inner, .. } => vec![outer, inner],
+    };
+    let names = |tunnel: Tunnel| {
+        let names = tunnel.expect.iter().map(|id| id.to_string().replace("spiffe://", ""));
+        names.collect::<Vec<_>>().join(" ")
+    };
+    tunnels.into_iter().map(names).collect()
+}
+
+#[test]
+fn whom_each_tunnel_leads_to() {
+    let (state, source) = mesh();
+    for (name, to, expect) in [
+        ("workload", "10.0.0.2:80", &["cluster.local/ns/ns/sa/a"][..]),
+        ("plain", "10.0.0.4:80", &[]),
+        ("waypoint and its service", "10.1.0.21:80", &["td/ns/x/sa/wp cluster.local/ns/ns/sa/wp2"]),
+        (
+            "gateway, then the service's",
+            "10.1.0.14:80",
+            &["cluster.local/ns/ns/sa/gw", "td/ns/far/sa/far"],
+        ),
+        (
+            "gateway, then the waypoint's and not the service's",
+            "10.1.0.28:80",
+            &["cluster.local/ns/ns/sa/gw2", "td/ns/far/sa/farwp"],
+        ),
+    ] {
+        assert_eq!(expected(&state, &source, to), expect, "{name}");
+    }
 }
 
 #[test]
