@@ -81,6 +81,7 @@ pub(crate) fn configs() -> &'static Configs {
             .with_client_auth_cert(chain, key)
             .unwrap();
         client.alpn_protocols = vec![b"h2".to_vec()];
+        client.enable_secret_extraction = true;
         let (chain, key) = leaf();
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
         let mut server = ServerConfig::builder_with_provider(provider)
@@ -90,6 +91,7 @@ pub(crate) fn configs() -> &'static Configs {
             .with_single_cert(chain, key)
             .unwrap();
         server.alpn_protocols = vec![b"h2".to_vec()];
+        server.enable_secret_extraction = true;
         Configs { client: Arc::new(client), server: Arc::new(server) }
     })
 }

@@ -1,11 +1,17 @@
 //! TLS over TCP, on rustls's unbuffered API: whole buffers are read and decrypted where they lie, a whole
 //! flush is encrypted into one buffer, and an idle stream holds no buffer.
+//!
+//! Once hands are shaken, rustls keeps the keys' schedule alone and the record layer is ours
+//! ([`records`]), where the configuration lets it.
 
+mod direct;
+mod error;
+mod records;
 mod small;
 
-use self::small::Small;
+pub use self::error::HandshakeError;
+use self::{records::Records, small::Small};
 use crate::buffers::Buffer;
-use mesh_core::{Failure, Reason};
 use rustls::{
     ClientConfig, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
@@ -19,6 +25,7 @@ use std::{
     fmt,
     io::{self, IoSlice},
     net::Ipv4Addr,
+    ops::Range,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -45,6 +52,8 @@ const UNASKED: usize = 256;
 enum Session {
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),
+    /// The handshake is over, and the record layer is ours.
+    Direct(Box<Records>),
 }
 
 /// A TLS connection.
@@ -55,7 +64,9 @@ pub(crate) struct TlsStream {
     incoming: Option<Buffer>,
     at: usize,
     end: usize,
-    /// Decrypted and not taken.
+    /// Decrypted where it was received, and not taken; before `at`.
+    clear: Range<usize>,
+    /// Decrypted elsewhere, and not taken.
     plain: VecDeque<Plain>,
     /// Encrypted and not sent.
     outgoing: Option<Buffer>,
@@ -63,6 +74,7 @@ pub(crate) struct TlsStream {
     filled: usize,
     peer_closed: bool,
     close_sent: bool,
+    certificates: Vec<CertificateDer<'static>>,
 }
 
 struct Plain {
@@ -84,44 +96,6 @@ enum Step {
     PeerClosed,
 }
 
-/// The handshake failed. In Istio's words, with ours behind them.
-#[derive(Debug)]
-pub enum HandshakeError {
-    /// The peer broke the rules of TLS, or is not who it should be.
-    Tls(rustls::Error),
-    /// The connection broke.
-    Io(io::Error),
-    /// It took too long.
-    Late,
-}
-
-impl fmt::Display for HandshakeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tls(error) => write!(f, "tls handshake error: {error}"),
-            Self::Io(error) => write!(f, "tls handshake error: {error}"),
-            Self::Late => write!(f, "tls handshake error: not done after {HANDSHAKE_TIMEOUT:?}"),
-        }
-    }
-}
-
-impl Error for HandshakeError {}
-
-impl HandshakeError {
-    /// The failure, where the peer is whom we connected to.
-    pub(crate) fn upstream(self) -> Failure {
-        match self {
-            Self::Tls(_) => Failure::upstream(Reason::Tls, self),
-            Self::Io(_) | Self::Late => Failure::upstream(Reason::Connect, self),
-        }
-    }
-
-    /// The failure, where the peer connected to us.
-    pub(crate) fn downstream(self) -> Failure {
-        Failure::downstream(Reason::Tls, self)
-    }
-}
-
 impl fmt::Debug for TlsStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsStream").field("io", &self.io).finish_non_exhaustive()
@@ -140,8 +114,9 @@ impl TlsStream {
     ) -> Result<Self, HandshakeError> {
         // The name is neither sent nor verified: identities are.
         let name = ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let direct = config.enable_secret_extraction;
         let session = UnbufferedClientConnection::new(config, name).map_err(HandshakeError::Tls)?;
-        Self::shake(io, Session::Client(session)).await
+        Self::shake(io, Session::Client(session), direct).await
     }
 
     /// Shakes hands as the server.
@@ -149,27 +124,30 @@ impl TlsStream {
         io: TcpStream,
         config: Arc<ServerConfig>,
     ) -> Result<Self, HandshakeError> {
+        let direct = config.enable_secret_extraction;
         let session = UnbufferedServerConnection::new(config).map_err(HandshakeError::Tls)?;
-        Self::shake(io, Session::Server(session)).await
+        Self::shake(io, Session::Server(session), direct).await
     }
 
-    async fn shake(io: TcpStream, session: Session) -> Result<Self, HandshakeError> {
+    async fn shake(io: TcpStream, session: Session, direct: bool) -> Result<Self, HandshakeError> {
         let mut this = Self {
             io,
             session,
             incoming: None,
             at: 0,
             end: 0,
+            clear: 0..0,
             plain: VecDeque::new(),
             outgoing: None,
             sent: 0,
             filled: 0,
             peer_closed: false,
             close_sent: false,
+            certificates: Vec::new(),
         };
         let shake = std::future::poll_fn(|cx| this.poll_shake(cx));
         match timeout(HANDSHAKE_TIMEOUT, shake).await {
-            Ok(Ok(())) => Ok(this),
+            Ok(Ok(())) => this.shaken(direct).map_err(HandshakeError::Tls),
             Ok(Err(error)) => Err(error),
             Err(_elapsed) => Err(HandshakeError::Late),
         }
@@ -178,8 +156,9 @@ impl TlsStream {
     fn poll_shake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HandshakeError>> {
         loop {
             match self.step(None) {
-                Ok(Step::Again) => {}
-                Ok(Step::Open | Step::Plain) => {
+                // Data may come with the last flight of the peer's handshake.
+                Ok(Step::Again | Step::Plain) => {}
+                Ok(Step::Open) => {
                     return self.poll_send(cx).map_err(HandshakeError::Io);
                 }
                 Ok(Step::Blocked) => {
@@ -194,7 +173,7 @@ impl TlsStream {
                     return Poll::Ready(Err(HandshakeError::Io(eof)));
                 }
                 Err(error) => {
-                    self.send_alert(cx);
+                    self.send_alert(&error, cx);
                     return Poll::Ready(Err(HandshakeError::Tls(error)));
                 }
             }
@@ -203,27 +182,30 @@ impl TlsStream {
 
     /// The peer's certificates, its own first.
     pub(crate) fn peer_certificates(&self) -> &[CertificateDer<'static>] {
-        match &self.session {
-            Session::Client(session) => session.peer_certificates(),
-            Session::Server(session) => session.peer_certificates(),
-        }
-        .unwrap_or_default()
+        &self.certificates
     }
 
     /// Says why the session failed; whether that arrives changes nothing.
-    fn send_alert(&mut self, cx: &mut Context<'_>) {
+    fn send_alert(&mut self, error: &rustls::Error, cx: &mut Context<'_>) {
+        if !matches!(error, rustls::Error::AlertReceived(_)) {
+            self.alert_direct(records::alert_of(error));
+        }
         while let Ok(Step::Again) = self.step(None) {}
         let _best_effort = self.poll_send(cx);
     }
 
     /// Has the session look at what was received; plaintext goes to `into` as far as it fits.
     fn step(&mut self, into: Option<&mut ReadBuf<'_>>) -> Result<Step, rustls::Error> {
+        if let Session::Direct(_) = self.session {
+            return self.step_direct();
+        }
         let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
         let received = incoming
             .as_mut()
             .and_then(|buffer| buffer.bytes_mut().get_mut(*at..*end))
             .unwrap_or_default();
         let (discard, step) = match session {
+            Session::Direct(_) => (0, Ok(Step::Blocked)),
             Session::Client(session) => {
                 let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
                 let taken = Taken { into, plain };
@@ -313,6 +295,10 @@ impl TlsStream {
 
     /// Says that we send no more; where the session cannot, the end of the stream says less.
     fn close_notify(&mut self) {
+        if let Session::Direct(_) = self.session {
+            // A warning, and that we close.
+            return self.alert_direct([1, 0]);
+        }
         let _less = self.open(|traffic, out| traffic.close_notify(out));
     }
 
@@ -369,6 +355,7 @@ impl TlsStream {
         *at += match session {
             Session::Client(session) => look!(session, Open::Client),
             Session::Server(session) => look!(session, Open::Server),
+            Session::Direct(_) => return Err(io::ErrorKind::NotConnected.into()),
         };
         if at >= end {
             (*at, *end) = (0, 0);
@@ -484,6 +471,7 @@ impl AsyncRead for TlsStream {
                     return Poll::Ready(Ok(()));
                 }
             }
+            this.take_clear(into);
             if this.peer_closed {
                 return Poll::Ready(Ok(()));
             }
@@ -498,7 +486,7 @@ impl AsyncRead for TlsStream {
                 }
                 Ok(Step::Blocked | Step::Open) => {}
                 Err(error) => {
-                    this.send_alert(cx);
+                    this.send_alert(&error, cx);
                     return Poll::Ready(Err(invalid(error)));
                 }
             }
@@ -533,6 +521,9 @@ impl AsyncWrite for TlsStream {
         }
         if this.room() < RECORD {
             ready!(this.poll_send(cx))?;
+        }
+        if let Session::Direct(_) = this.session {
+            return Poll::Ready(this.write_direct(slices));
         }
         let mut written = 0;
         let mut slices = slices.iter().map(|slice| &**slice).filter(|slice| !slice.is_empty());

@@ -71,6 +71,8 @@ impl WorkloadCertificate {
             .with_cert_resolver(Arc::clone(&certified) as _);
         server.alpn_protocols = vec![ALPN.to_vec()];
         server.ignore_client_order = true;
+        // The tunnel's own record layer asks for them; they never leave the process.
+        server.enable_secret_extraction = true;
         // A ticket would outlive the checks that the handshake made.
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
@@ -85,6 +87,7 @@ impl WorkloadCertificate {
             .with_client_cert_resolver(certified);
         client.alpn_protocols = vec![ALPN.to_vec()];
         client.enable_sni = false;
+        client.enable_secret_extraction = true;
         client.resumption = Resumption::disabled();
 
         let server = Arc::new(server);
