@@ -59,6 +59,7 @@ pub fn local_file(bytes: &[u8]) {
                 "{first} of {lines} lines"
             );
             assert!(!first.to_string().ends_with(": "), "{first}");
+            assert!(!first.to_string().contains(char::is_control), "{first}");
         }
         (first, second) => {
             let not_text =

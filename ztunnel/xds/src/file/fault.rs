@@ -19,14 +19,15 @@ pub struct Fault {
 }
 
 impl Fault {
-    pub(super) fn new(at: Place, what: impl Into<String>) -> Box<Self> {
-        Box::new(Self { line: at.line, column: at.column, field: String::new(), what: what.into() })
+    pub(super) fn new(at: Place, what: impl AsRef<str>) -> Box<Self> {
+        let what = one_line(what.as_ref());
+        Box::new(Self { line: at.line, column: at.column, field: String::new(), what })
     }
 
     /// Puts a step before the path of the field: a name, or an index in brackets.
     pub(super) fn within(mut self: Box<Self>, step: &str) -> Box<Self> {
         let joint = if self.field.is_empty() || self.field.starts_with('[') { "" } else { "." };
-        self.field = format!("{step}{joint}{}", self.field);
+        self.field = format!("{}{joint}{}", one_line(step), self.field);
         self
     }
 
@@ -44,6 +45,11 @@ impl Fault {
     pub fn field(&self) -> &str {
         &self.field
     }
+}
+
+/// A message is a line of the log, whatever somebody's file has in its names.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 impl fmt::Display for Fault {
