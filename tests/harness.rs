@@ -113,7 +113,8 @@ fn nothing_is_left() {
     drop(lab);
     wait::until("the program's end", SOON, || Ok((!server.is_running()).then_some(()))).unwrap();
     assert!(Namespace::open(&name).is_err());
-    assert!(!instance::running().contains(&id));
+    let gone = || Ok((!instance::running().contains(&id)).then_some(()));
+    wait::until("the end of the instance", SOON, gone).unwrap();
     assert!(instance::folder(&id).is_err(), "{pid}");
 }
 
@@ -199,7 +200,11 @@ fn envoy_passes_tunnels_on() {
     // The listener sends the request back: no answer, but it says what arrived.
     let request = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     let _nonsense = tunnel.exchange(reply, request);
-    let seen = listener.seen();
+    let arrived = || {
+        let seen = listener.seen();
+        Ok((!seen.is_empty()).then_some(seen))
+    };
+    let seen = wait::until("the request at the far end", SOON, arrived).unwrap();
     assert_eq!(seen[0].authority, route.to.to_string());
     assert_eq!(seen[0].client.ip(), waypoint.v6());
 }
