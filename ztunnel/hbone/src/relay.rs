@@ -98,7 +98,7 @@ impl Direction {
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            match source.take(room).map_err(|error| (At::Source, error))? {
+            match source.take(cx, room).map_err(|error| (At::Source, error))? {
                 Taken::Chunk(chunk) => {
                     self.given = chunk.len();
                     self.copied = self.copied.saturating_add(chunk.len() as u64);

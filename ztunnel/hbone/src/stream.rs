@@ -5,13 +5,17 @@ use bytes::Bytes;
 use std::{
     fmt, io,
     io::IoSlice,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead as _, ReadBuf},
+    net::TcpStream,
+};
 
 /// What a relay takes at a time, in bytes: the payload of a frame of the default size.
 pub(crate) const CHUNK: usize = 128 * 1024;
@@ -30,7 +34,7 @@ pub trait Duplex: Send {
     /// # Errors
     ///
     /// Returns an error where the other side cut its stream off.
-    fn take(&mut self, room: usize) -> io::Result<Taken>;
+    fn take(&mut self, cx: &mut Context<'_>, room: usize) -> io::Result<Taken>;
 
     /// The chunk that was taken last has gone to the other side: its sender may send as much again.
     fn release(&mut self, bytes: usize);
@@ -141,7 +145,7 @@ impl Duplex for Stream {
         Poll::Ready(Ok(()))
     }
 
-    fn take(&mut self, room: usize) -> io::Result<Taken> {
+    fn take(&mut self, _: &mut Context<'_>, room: usize) -> io::Result<Taken> {
         let Some(mut next) = self.next.take() else {
             return Ok(if self.ended { Taken::End } else { Taken::Nothing });
         };
@@ -229,17 +233,23 @@ impl Duplex for Tcp {
         self.io.poll_read_ready(cx)
     }
 
-    fn take(&mut self, room: usize) -> io::Result<Taken> {
+    fn take(&mut self, cx: &mut Context<'_>, room: usize) -> io::Result<Taken> {
         let mut buffer = Buffer::borrow();
         let room = buffer.bytes_mut().get_mut(..room.min(CHUNK)).unwrap_or_default();
-        match self.io.try_read(room) {
-            Ok(0) => Ok(Taken::End),
-            Ok(count) if count < SMALL => {
-                Ok(Taken::Chunk(Bytes::copy_from_slice(room.get(..count).unwrap_or_default())))
+        let mut room = ReadBuf::new(room);
+        // Not `try_read`: this one knows that a read that leaves room has emptied the socket, and the next look
+        // at it needs no system call.
+        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, &mut room) else {
+            return Ok(Taken::Nothing);
+        };
+        read?;
+        match room.filled() {
+            [] => Ok(Taken::End),
+            few if few.len() < SMALL => Ok(Taken::Chunk(Bytes::copy_from_slice(few))),
+            many => {
+                let count = many.len();
+                Ok(Taken::Chunk(Bytes::from_owner(buffer).slice(..count)))
             }
-            Ok(count) => Ok(Taken::Chunk(Bytes::from_owner(buffer).slice(..count))),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Taken::Nothing),
-            Err(error) => Err(error),
         }
     }
 

@@ -243,18 +243,21 @@ impl TlsStream {
                     "a record is longer than TLS allows".to_owned(),
                 ))));
             }
-            match self.io.try_read(room) {
-                Ok(0) => return Poll::Ready(Ok(false)),
-                Ok(count) => {
+            let mut room = ReadBuf::new(room);
+            // Not `try_read`: this one knows that a read that leaves room has emptied the socket, and the next
+            // look at it needs no system call.
+            match Pin::new(&mut self.io).poll_read(cx, &mut room) {
+                Poll::Ready(Ok(())) => {
+                    let count = room.filled().len();
                     self.end += count;
-                    return Poll::Ready(Ok(true));
+                    return Poll::Ready(Ok(count > 0));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
                     if self.end == 0 {
                         self.incoming = None;
                     }
                 }
-                Err(error) => return Poll::Ready(Err(error)),
             }
         }
     }

@@ -81,3 +81,24 @@ impl SocketOptions {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+
+    #[test]
+    fn what_a_listener_accepts_has_its_options() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        SocketOptions { user_timeout: true, ..SocketOptions::default() }
+            .apply(&listener, true)
+            .unwrap();
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let socket = SockRef::from(&accepted);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), std::time::Duration::from_secs(180));
+        assert!(socket.tcp_user_timeout().unwrap().is_some());
+    }
+}

@@ -4,7 +4,7 @@ use crate::{
     stream::Taken,
     testing::{Path, World, configs, dial, key, request, tcp, until, within},
 };
-use std::{future::poll_fn, io, time::Duration};
+use std::{future::poll_fn, io, task::Poll, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -20,7 +20,7 @@ fn most(streams: u32) -> Settings {
 /// What a stream has to say next.
 async fn next(stream: &mut Stream) -> io::Result<Taken> {
     within(poll_fn(|cx| stream.poll_readable(cx))).await?;
-    stream.take(usize::MAX)
+    within(poll_fn(|cx| Poll::Ready(stream.take(cx, usize::MAX)))).await
 }
 
 #[tokio::test]
@@ -126,13 +126,13 @@ async fn who_gives_up_mid_way_leaves_it_to_the_next() {
     let mut stuck = Box::pin(pool.open(&key, &request, || Box::pin(std::future::pending())));
     poll_fn(|cx| {
         assert!(stuck.as_mut().poll(cx).is_pending());
-        std::task::Poll::Ready(())
+        Poll::Ready(())
     })
     .await;
     let mut waiting = Box::pin(world.open());
     poll_fn(|cx| {
         assert!(waiting.as_mut().poll(cx).is_pending());
-        std::task::Poll::Ready(())
+        Poll::Ready(())
     })
     .await;
     drop(stuck);
@@ -147,7 +147,7 @@ async fn no_slot_stays_behind_who_gives_up() {
     let mut stuck = Box::pin(world.pool.open(&key, &request, || Box::pin(std::future::pending())));
     poll_fn(|cx| {
         assert!(stuck.as_mut().poll(cx).is_pending());
-        std::task::Poll::Ready(())
+        Poll::Ready(())
     })
     .await;
     assert!(!world.pool.is_empty());
