@@ -19,6 +19,7 @@ use crate::{Options, report::Report, world::World};
 /// Builds a lab and checks everything; the lab, and whether all held.
 pub(crate) fn run(options: &Options, id: &str) -> Result<(World, bool)> {
     kernel()?;
+    capabilities()?;
     let mut report = Report::new(options.json);
     report.stage("two nodes, eight pods, their programs");
     let lab = Lab::named(Some(id), options.ztunnel.as_deref())?;
@@ -72,6 +73,20 @@ fn kernel() -> Result<()> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let version = (numbers.next().and_then(Result::ok), numbers.next().and_then(Result::ok));
     ensure!(version >= (Some(5), Some(9)), "the kernel is {release}: capture needs 5.9 or newer");
+    Ok(())
+}
+
+/// What namespaces, sockets in them and eBPF take: a root in a container may lack some.
+fn capabilities() -> Result<()> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = u64::from_str_radix(line.context("no capabilities in /proc")?.trim(), 16)?;
+    for (name, bit) in [("CAP_NET_ADMIN", 12), ("CAP_NET_RAW", 13), ("CAP_SYS_ADMIN", 21)] {
+        ensure!(
+            effective >> bit & 1 == 1,
+            "this root has no {name}: run it outside of the container"
+        );
+    }
     Ok(())
 }
 
