@@ -26,7 +26,7 @@ use mesh_runtime::{
     admin::{self, Dump},
     clock::SystemClock,
     log::LogHandle,
-    metrics::{Registry, register_process, register_workers},
+    metrics::{Labels, Registry, register_process, register_workers},
     net::Listener,
     ready::Readiness,
     signal::{Signals, Trigger},
@@ -190,12 +190,15 @@ fn uptime() -> Duration {
 
 /// How long the writer of the state has kept the data path waiting.
 fn watch_state(registry: &Registry, state: &Handle) {
-    let longest = registry.gauge(
-        "istio_state_longest_hold_seconds",
-        "The longest time that one step of an update has kept readers of the state waiting.",
-    );
-    let (longest, state) = (longest.single(), state.clone());
-    registry.on_scrape(move |_| longest.set(state.longest_hold().as_secs_f64()));
+    let (labels, state) = (Labels::empty(), state.clone());
+    registry.on_scrape(move |samples| {
+        samples.gauge(
+            "istio_state_longest_hold_seconds",
+            "The longest time that one step of an update has kept readers of the state waiting.",
+            &labels,
+            state.longest_hold().as_secs_f64(),
+        );
+    });
 }
 
 fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<()> {

@@ -23,6 +23,7 @@ use mesh_runtime::tasks::Draining;
 use std::{
     fmt, io,
     net::{SocketAddr, TcpStream},
+    pin::Pin,
     sync::Arc,
 };
 use tokio::time::{Instant, timeout};
@@ -86,6 +87,7 @@ async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, drain
             incoming = connection.next() => match incoming {
                 Some(Ok(incoming)) => {
                     let served = Arc::clone(tunnel);
+                    let incoming = Box::new(incoming);
                     tunnel.pod.tasks.spawn(move |_| async move { served.serve(incoming).await });
                 }
                 Some(Err(error)) => {
@@ -103,13 +105,14 @@ async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, drain
 }
 
 impl Tunnel {
-    async fn serve(&self, incoming: Incoming) {
-        // Boxed: a connection that is relayed need not hold on to how it was set up.
+    async fn serve(&self, incoming: Box<Incoming>) {
+        // Boxed, as are the parts of what is ready: a connection that is relayed need not hold on to how it was
+        // set up, and what the task of a held connection takes is what a node with many of them takes.
         let Some(ready) = Box::pin(self.prepare(incoming)).await else { return };
         let Ready { connection, mut watch, ends, _listed } = ready;
         let outcome = match ends {
-            Ok((permit, down, up)) => tokio::select! {
-                outcome = forward(permit, down, up, connection.meter()) => outcome,
+            Ok(ends) => tokio::select! {
+                outcome = ends.forward(connection.meter()) => outcome,
                 denial = watch.revoked() => Err(closed_by_policy(denial)),
             },
             Err(failure) => Err(failure),
@@ -118,7 +121,7 @@ impl Tunnel {
     }
 
     /// All that comes before the relay; `None` where the stream was refused before it was counted.
-    async fn prepare(&self, incoming: Incoming) -> Option<Ready> {
+    async fn prepare(&self, incoming: Box<Incoming>) -> Option<Ready> {
         let began = Instant::now();
         let request = match &incoming.request {
             Ok(request) => request.clone(),
@@ -159,7 +162,7 @@ impl Tunnel {
 
     async fn connect(
         &self,
-        incoming: Incoming,
+        incoming: Box<Incoming>,
         request: &TunnelRequest,
         target: &Target,
         began: Instant,
@@ -194,16 +197,17 @@ impl Tunnel {
     /// Connects to the application, and says so.
     async fn answer(
         &self,
-        incoming: Incoming,
+        incoming: Box<Incoming>,
         permit: Permit,
         target: &Target,
-    ) -> Result<(Permit, Stream, Tcp), Failure> {
+    ) -> Result<Box<Both>, Failure> {
         match self.dial(target).await {
             Ok(up) => {
                 let told = self.pod.shared.config.response_baggage;
                 let head = ResponseHead { baggage: told.then(|| baggage(&self.workload)) };
                 let gone = |error| Failure::downstream(Reason::Reset, error);
-                Ok((permit, incoming.accept(&head).map_err(gone)?, up))
+                let down = incoming.accept(&head).map_err(gone)?;
+                Ok(Box::new(Both { permit, down, up }))
             }
             Err(failure) => {
                 incoming.refuse(failure.reason.report().status);
@@ -258,8 +262,26 @@ impl Tunnel {
 struct Ready {
     connection: Connection,
     watch: PolicyWatch,
-    ends: Result<(Permit, Stream, Tcp), Failure>,
+    ends: Result<Box<Both>, Failure>,
     _listed: Listed,
+}
+
+/// The two sides of a connection, and why they may be one.
+#[derive(Debug)]
+struct Both {
+    permit: Permit,
+    down: Stream,
+    up: Tcp,
+}
+
+impl Both {
+    fn forward<'a>(
+        self: Box<Self>,
+        meter: &'a impl Meter,
+    ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>> {
+        let Self { permit, down, up } = *self;
+        Box::pin(forward(permit, down, up, meter))
+    }
 }
 
 impl Pod {
@@ -288,14 +310,14 @@ impl Pod {
 }
 
 /// The flow may proceed: only the permit says so.
-async fn forward(
+fn forward<'a>(
     permit: Permit,
-    down: impl Duplex + Unpin,
+    down: impl Duplex + Unpin + 'a,
     up: Tcp,
-    meter: &impl Meter,
-) -> Result<(), Failure> {
+    meter: &'a impl Meter,
+) -> impl Future<Output = Result<(), Failure>> + Send + 'a {
     tracing::trace!(policies = permit.version(), "permitted");
-    relay(down, up, meter).await
+    relay(down, up, meter)
 }
 
 fn closed_by_policy(denial: Denial) -> Failure {

@@ -66,7 +66,13 @@ impl Direction {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..TURN {
-            ready!(sink.poll_flush(cx)).map_err(|error| (At::Sink, error))?;
+            match sink.poll_flush(cx) {
+                Poll::Ready(flushed) => flushed.map_err(|error| (At::Sink, error))?,
+                Poll::Pending => {
+                    source.gather(cx).map_err(|error| (At::Source, error))?;
+                    return Poll::Pending;
+                }
+            }
             if self.given > 0 {
                 source.release(self.given);
                 self.given = 0;

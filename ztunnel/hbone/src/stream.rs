@@ -1,5 +1,8 @@
 //! The two kinds of end that a relay connects: a stream in a tunnel, and a TCP connection.
 
+mod received;
+
+use self::received::Received;
 use crate::{buffers::Buffer, engine::Raw};
 use bytes::Bytes;
 use std::{
@@ -53,6 +56,16 @@ pub trait Duplex: Send {
     /// Returns an error where the other side does not listen any more.
     fn give(&mut self, chunk: Bytes) -> io::Result<()>;
 
+    /// The other end takes nothing for now: what small pieces there are to take may be put together, so that
+    /// they are held as what they are. The other side may still send no more than before.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error where the other side cut its stream off.
+    fn gather(&mut self, _: &mut Context<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Waits until what was given has been passed on.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
@@ -89,7 +102,7 @@ pub enum Taken {
 /// A stream in a tunnel.
 pub struct Stream {
     raw: Raw,
-    next: Option<Bytes>,
+    received: Received,
     ended: bool,
     finished: bool,
     /// Counts the stream among those of its tunnel.
@@ -120,8 +133,8 @@ impl fmt::Debug for Stream {
 }
 
 impl Stream {
-    pub(crate) const fn new(raw: Raw, count: Option<Counted>) -> Self {
-        Self { raw, next: None, ended: false, finished: false, _count: count }
+    pub(crate) fn new(raw: Raw, count: Option<Counted>) -> Self {
+        Self { raw, received: Received::new(), ended: false, finished: false, _count: count }
     }
 }
 
@@ -136,23 +149,42 @@ impl Drop for Stream {
 
 impl Duplex for Stream {
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.next.is_none() && !self.ended {
+        if self.received.is_empty() && !self.ended {
             match ready!(self.raw.poll_data(cx))? {
-                Some(data) => self.next = Some(data),
+                Some(data) => self.received.put(data),
                 None => self.ended = true,
             }
         }
         Poll::Ready(Ok(()))
     }
 
-    fn take(&mut self, _: &mut Context<'_>, room: usize) -> io::Result<Taken> {
-        let Some(mut next) = self.next.take() else {
-            return Ok(if self.ended { Taken::End } else { Taken::Nothing });
-        };
-        if next.len() > room {
-            self.next = Some(next.split_off(room));
+    fn take(&mut self, cx: &mut Context<'_>, room: usize) -> io::Result<Taken> {
+        // Small pieces in a row go in one write. An error shows again, once these are taken.
+        while self.received.is_small() && !self.ended {
+            match self.raw.poll_data(cx) {
+                Poll::Ready(Ok(Some(data))) => self.received.put(data),
+                Poll::Ready(Ok(None)) => self.ended = true,
+                Poll::Ready(Err(_)) | Poll::Pending => break,
+            }
         }
-        Ok(if next.is_empty() { Taken::Nothing } else { Taken::Chunk(next) })
+        Ok(match self.received.take(room) {
+            Some(chunk) if chunk.is_empty() => Taken::Nothing,
+            Some(chunk) => Taken::Chunk(chunk),
+            None if self.ended => Taken::End,
+            None => Taken::Nothing,
+        })
+    }
+
+    fn gather(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while !self.ended {
+            match self.raw.poll_data(cx) {
+                Poll::Ready(Ok(Some(data))) => self.received.put(data),
+                Poll::Ready(Ok(None)) => self.ended = true,
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Pending => break,
+            }
+        }
+        Ok(())
     }
 
     fn release(&mut self, bytes: usize) {

@@ -143,3 +143,48 @@ async fn poll_until_pending(to: &mut TcpStream, chunk: &[u8]) {
     })
     .await;
 }
+
+/// A program that says little at a time to one that does not read: the tunnel holds what was said, and not
+/// a hundred times as much, and goes on for others.
+#[tokio::test]
+async fn many_small_pieces_to_who_does_not_read_do_not_end_the_tunnel() {
+    const PIECES: usize = 400_000;
+    let mut world = World::new().await;
+    let (opened, stream) = world.open().await;
+    let (up, mut server) = tcp().await;
+    // Else the kernel makes them larger, and the relay does not wait.
+    SockRef::from(&up).set_send_buffer_size(64 * 1024).unwrap();
+    SockRef::from(&server).set_recv_buffer_size(64 * 1024).unwrap();
+    world.tasks.spawn(|_| async move {
+        let _cut = relay(stream, Tcp::from(up), &()).await;
+    });
+    let mut near = opened.stream;
+    // Fills the sockets first, so that the relay waits.
+    let chunk = Bytes::from(vec![1; 64 * 1024]);
+    let (mut sent, mut waited) = (0, 0);
+    while waited < 5000 {
+        let room = std::future::poll_fn(|cx| Poll::Ready(near.poll_room(cx).is_ready())).await;
+        if room {
+            near.give(chunk.clone()).unwrap();
+            (sent, waited) = (sent + chunk.len(), 0);
+        } else {
+            tokio::task::yield_now().await;
+            waited += 1;
+        }
+    }
+    let mut buffer = vec![0; 900 * 1024];
+    within(server.read_exact(&mut buffer)).await.unwrap();
+    for piece in 0..PIECES {
+        within(std::future::poll_fn(|cx| near.poll_room(cx))).await.unwrap();
+        near.give(Bytes::from_static(b"x")).unwrap();
+        if piece % 64 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    bulk_passes(&mut world).await;
+    assert_eq!(world.accepted(), 1, "the tunnel is the same");
+    near.finish().unwrap();
+    let mut rest = Vec::new();
+    within(server.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(buffer.len() + rest.len(), sent + PIECES);
+}
