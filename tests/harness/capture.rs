@@ -34,6 +34,9 @@ pub struct Capture {
     thread: JoinHandle<Seen>,
 }
 
+/// Whether traffic between two addresses is of interest.
+type Wanted = Box<dyn Fn(IpAddr, IpAddr) -> bool + Send>;
+
 /// What was seen.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
@@ -66,6 +69,19 @@ struct Flow {
 impl Capture {
     /// Looks at all that passes in the namespace, for the markers too.
     pub fn start(namespace: &Namespace, markers: &[&str]) -> Result<Self> {
+        Self::begin(namespace, markers, None)
+    }
+
+    /// Looks at the TCP segments alone that go from one to the other of such addresses.
+    pub fn start_for(
+        namespace: &Namespace,
+        markers: &[&str],
+        wanted: impl Fn(IpAddr, IpAddr) -> bool + Send + 'static,
+    ) -> Result<Self> {
+        Self::begin(namespace, markers, Some(Box::new(wanted)))
+    }
+
+    fn begin(namespace: &Namespace, markers: &[&str], wanted: Option<Wanted>) -> Result<Self> {
         let socket = namespace.run(|| {
             let all = Some(Protocol::from(ETH_P_ALL));
             Socket::new(Domain::PACKET, Type::RAW, all).context("cannot capture packets")
@@ -78,7 +94,7 @@ impl Capture {
         let markers: Vec<String> = markers.iter().map(|&marker| marker.to_owned()).collect();
         let thread = thread::Builder::new()
             .name("capture".into())
-            .spawn(move || listen(socket, &told, &markers))?;
+            .spawn(move || listen(socket, &told, &markers, wanted.as_deref()))?;
         Ok(Self { stop, thread })
     }
 
@@ -89,11 +105,22 @@ impl Capture {
     }
 }
 
-fn listen(mut socket: Socket, stop: &AtomicBool, markers: &[String]) -> Seen {
+fn listen(
+    mut socket: Socket,
+    stop: &AtomicBool,
+    markers: &[String],
+    wanted: Option<&(dyn Fn(IpAddr, IpAddr) -> bool + Send)>,
+) -> Seen {
     let (mut seen, mut buffer) = (Seen::default(), vec![0; 1 << 18]);
     loop {
         match socket.read(&mut buffer) {
-            Ok(length) => seen.packet(buffer.get(..length).unwrap_or_default(), markers),
+            Ok(length) => {
+                let frame = buffer.get(..length).unwrap_or_default();
+                let of = |s: Segment<'_>| wanted.is_some_and(|w| w(s.from.ip(), s.to.ip()));
+                if wanted.is_none() || segment(frame).is_some_and(of) {
+                    seen.packet(frame, markers);
+                }
+            }
             // Silence: it is over if we were told so.
             Err(why) if matches!(why.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 if stop.load(Ordering::Relaxed) {

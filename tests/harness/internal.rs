@@ -55,6 +55,13 @@ pub fn dispatch() -> Option<ExitCode> {
     })
 }
 
+/// The node proxy that is built into this executable, by its name in the folder.
+pub fn ztunnel_in(folder: &Path) -> Result<PathBuf> {
+    let link = folder.join(ZTUNNEL);
+    std::os::unix::fs::symlink(executable(), &link)?;
+    Ok(link)
+}
+
 /// The executable that knows [`dispatch`]: this one, or `lab` beside a test.
 pub(crate) fn executable() -> PathBuf {
     let beside = || {

@@ -44,6 +44,22 @@ impl Proxy {
         Ok(Self { program, namespace: node.namespace().clone(), node: node.name().to_owned(), log })
     }
 
+    /// Starts this executable as the node proxy of a node that is not a lab's, with these settings
+    /// alone; its log is in the folder.
+    pub fn of(
+        namespace: &Namespace,
+        folder: &Path,
+        node: &str,
+        ztunnel: &Path,
+        settings: Vec<(String, String)>,
+    ) -> Result<Self> {
+        let log = log_of(folder, node);
+        let command = [ztunnel.as_os_str(), "proxy".as_ref(), "ztunnel".as_ref()];
+        let start = Start::new(namespace, folder, command);
+        let program = start.environment(settings).log(&log).spawn()?;
+        Ok(Self { program, namespace: namespace.clone(), node: node.to_owned(), log })
+    }
+
     /// Runs the node proxy's executable with these arguments, to its end.
     pub(crate) fn command(node: &Node, arguments: &[&str]) -> Result<Finished> {
         let program = node.lab.ztunnel.to_string_lossy();

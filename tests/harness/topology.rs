@@ -60,11 +60,7 @@ impl Lab {
         })?;
         let ztunnel = match ztunnel {
             Some(path) => path.canonicalize().context("no such node proxy")?,
-            None => {
-                let link = instance.folder().join(crate::internal::ZTUNNEL);
-                std::os::unix::fs::symlink(crate::internal::executable(), &link)?;
-                link
-            }
+            None => crate::internal::ztunnel_in(instance.folder())?,
         };
         for folder in ["programs", "ca", "pins"] {
             std::fs::create_dir(instance.folder().join(folder))?;

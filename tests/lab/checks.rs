@@ -107,7 +107,7 @@ fn answer(finished: Finished) -> Result<Value> {
     serde_json::from_str(&said).with_context(|| format!("not our server's answer: {said}"))
 }
 
-fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+pub(crate) fn text<'a>(value: &'a Value, field: &str) -> &'a str {
     value.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 

@@ -5,6 +5,7 @@
 
 mod attach;
 mod checks;
+mod istio;
 mod report;
 mod world;
 
@@ -26,6 +27,10 @@ cargo lab [--json] [--keep] [--name <id>] [--ztunnel <binary>]
     --keep     leave it up afterwards
     --name     what to call it (four hex digits, or a word)
     --ztunnel  another node proxy than the one built with the lab
+    --istio    on a real mesh instead: istiod, Kubernetes and istio-cni on two nodes (needs Go 1.26
+               once, for 16 minutes); with --keep until it is stopped
+cargo lab istio -- <command>      with --istio --keep: kubectl, istioctl or something else in there
+cargo lab istio-stop              end it
 cargo lab exec [--name <id>] <pod> -- <command>      run something in a pod (or on a node)
 cargo lab log [--name <id>] [--follow] <node>        the node proxy's log
 cargo lab metrics [--name <id>] <node>               its metrics
@@ -38,6 +43,7 @@ cargo lab stop [--name <id>]                         end it";
 pub(crate) struct Options {
     pub(crate) json: bool,
     then: Then,
+    istio: bool,
     follow: bool,
     pub(crate) name: Option<String>,
     pub(crate) ztunnel: Option<PathBuf>,
@@ -83,6 +89,10 @@ fn run() -> Result<ExitCode> {
     }
     let name = options.name.as_deref();
     match words.as_slice() {
+        [] if options.istio => istio::run(&options),
+        ["istio-inside", rest @ ..] => istio::inside(&options, rest),
+        ["istio"] => istio::enter(&options),
+        ["istio-stop"] => istio::stop(),
         [] if matches!(options.then, Then::Hold) => attach::hold(&options),
         [] if matches!(options.then, Then::Keep) => attach::keep(&options),
         [] => {
@@ -110,6 +120,11 @@ fn run() -> Result<ExitCode> {
 }
 
 impl Options {
+    /// Whether the lab is to stay up.
+    pub(crate) fn keeps(&self) -> bool {
+        !matches!(self.then, Then::End)
+    }
+
     fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Self> {
         let mut options = Self::default();
         let mut arguments = arguments;
@@ -121,6 +136,7 @@ impl Options {
                     break;
                 }
                 "--json" => options.json = true,
+                "--istio" => options.istio = true,
                 "--keep" => options.then = Then::Keep,
                 "--held" => options.then = Then::Hold,
                 "--follow" | "-f" => options.follow = true,

@@ -1,0 +1,110 @@
+//! Things that come and go while clients work.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::{
+    Program,
+    wait::{self, SOON},
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::bed::{Bed, KUBERNETES, KubePod};
+use crate::report::Report;
+
+pub(super) fn check(bed: &mut Bed, report: &mut Report) -> Result<()> {
+    report.stage("while clients work");
+    report.check("rolled", || rolled(bed));
+    report.check("labelled", || labelled(bed));
+    report.check("node-proxy-killed", || killed(bed));
+    Ok(())
+}
+
+fn start_loop(bed: &Bed, from: &KubePod, url: &str) -> Result<Program> {
+    let mut client = bed.exec(from, &["loop", url])?;
+    client.says("looping", SOON)?;
+    Ok(client)
+}
+
+/// Ends the loop: requests held, and the failures.
+fn end_loop(mut client: Program) -> Result<(u64, Vec<String>)> {
+    client.signal(Signal::SIGTERM)?;
+    client.wait(SOON)?;
+    let said = client.output();
+    let line = said.lines().last().context("it says nothing")?;
+    let sum: Value = serde_json::from_str(line).with_context(|| said.clone())?;
+    let failures = sum.get("failures").and_then(Value::as_array).context("no failures")?;
+    let failures = failures.iter().map(|one| one.as_str().unwrap_or_default().to_owned());
+    Ok((sum.get("held").and_then(Value::as_u64).unwrap_or_default(), failures.collect()))
+}
+
+/// A Deployment is rolled while a client loops.
+fn rolled(bed: &Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let before = wait::retry("two servers", KUBERNETES, || bed.servers())?;
+    let running = start_loop(bed, &client, "http://server/")?;
+    bed.kubectl(&["-n", "shop", "rollout", "restart", "deployment/server"])?;
+    bed.kubectl(&["-n", "shop", "rollout", "status", "deployment/server", "--timeout=90s"])?;
+    wait::until("the old servers to go", KUBERNETES, || {
+        let said = bed.kubectl(&["-n", "shop", "get", "pods", "-o", "name"])?;
+        Ok((!before.iter().any(|pod| said.contains(&pod.name))).then_some(()))
+    })?;
+    let (held, failures) = end_loop(running)?;
+    ensure!(
+        failures.is_empty(),
+        "{} of {held} requests failed: {:?}",
+        failures.len(),
+        failures.first()
+    );
+    Ok(format!("{held} requests, none failed"))
+}
+
+/// A namespace is labelled, and unlabelled, while traffic flows to its pod.
+fn labelled(bed: &Bed) -> Result<String> {
+    let (client, mover) = (bed.pod("shop", "client")?, bed.pod("moving", "mover")?);
+    let mut open = bed.exec(&client, &["hold", &format!("{}:9000", mover.address)])?;
+    open.says("open", SOON)?;
+    let running = start_loop(bed, &client, &format!("http://{}:8080/", mover.address))?;
+    let enrolled = |wanted: bool| {
+        wait::until(&format!("mover to be enrolled: {wanted}"), KUBERNETES, || {
+            Ok((bed.pod("moving", "mover")?.enrolled == wanted).then_some(()))
+        })
+    };
+    bed.kubectl(&["label", "namespace", "moving", "istio.io/dataplane-mode=ambient"])?;
+    enrolled(true)?;
+    let mark = bed.proxy_of(&mover)?.log().mark();
+    let inbound = bed.proxy_of(&mover)?.wait_access(mark, "mover by HBONE", |line| {
+        line.field("direction") == "inbound"
+            && line.field("dst.addr").starts_with(&mover.address)
+            && !line.field("src.identity").is_empty()
+    });
+    inbound.context("labelled")?;
+    bed.kubectl(&["label", "namespace", "moving", "istio.io/dataplane-mode-"])?;
+    enrolled(false)?;
+    bed.reaches(&client, &format!("http://{}:8080/", mover.address))?;
+    let (held, failures) = end_loop(running)?;
+    let lives = open.is_running();
+    ensure!(
+        failures.is_empty(),
+        "{} of {} requests failed: {failures:?}",
+        failures.len(),
+        held + failures.len() as u64
+    );
+    let open = if lives { "lives" } else { "was ended" };
+    Ok(format!("{held} requests, none failed; a connection from before {open}"))
+}
+
+/// The node proxy of the client's node is killed: nothing goes past it; started again, all works.
+fn killed(bed: &mut Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let [_, far] = bed.servers()?;
+    let url = format!("http://{}:8080/", far.address);
+    bed.reaches(&client, &url)?;
+    bed.kill_proxy(0)?;
+    let refused = bed.refused(&client, &url)?;
+    bed.start_proxy(0)?;
+    bed.reaches(&client, &url)?;
+    wait::retry("its Service", Duration::from_secs(20), || bed.get(&client, "http://server/"))?;
+    Ok(format!("killed: \"{refused}\"; started again: answered"))
+}

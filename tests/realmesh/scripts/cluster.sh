@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Real Istio but for ztunnel on one or two real nodes, then COMMAND inside of
+# it, then the end of it all. usage: [NODES=2] cluster.sh BIN RUN COMMAND...
+set -euo pipefail
+here=$(dirname "$(realpath "$0")")
+if [ -z "${IN_CLUSTER:-}" ]; then
+  ns=lab$$; trap 'ip netns del $ns' EXIT
+  IN_CLUSTER=1 "$here/isolated.sh" "$ns" "$0" "$@"; exit
+fi
+bin=$(realpath "$1"); mkdir -p "$2"; run=$(realpath "$2"); shift 2
+touch /run/netns/node-a; mount --bind /proc/self/ns/net /run/netns/node-a # the first node by name as well
+export CONTROLLERS='*' HOST=${NODE_IP:-192.0.2.1}
+"$here/up.sh" "$bin" "$run"; "$here/node.sh" "$bin" "$run" node-a; "$here/cni.sh" "$bin" "$run" node-a
+if [ "${NODES:-1}" = 2 ]; then # the second node: its own network namespace, one wire to the first
+  ip netns add node-b; ip link add to-b type veth peer name to-a netns node-b
+  ip addr add 192.0.2.5/30 dev to-b; ip link set to-b up; ip route add 10.1.1.0/24 via 192.0.2.6
+  in_b() { nsenter --net=/run/netns/node-b "$@"; }
+  in_b ip link set lo up; in_b ip addr add 192.0.2.6/30 dev to-a; in_b ip link set to-a up
+  in_b ip route add default via 192.0.2.5; in_b sysctl -qw net.ipv4.ip_forward=1
+  POD_NET=10.1.1 NODE_IP=192.0.2.6 SCHEDULER=no in_b "$here/node.sh" "$bin" "$run" node-b
+  in_b unshare --mount --propagation slave bash -c 'mount -t tmpfs none /opt; exec "$@"' bash "$here/cni.sh" "$bin" "$run" node-b
+fi
+export KUBECONFIG=$run/kubeconfig
+"$@"
