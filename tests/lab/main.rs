@@ -43,7 +43,7 @@ cargo lab stop [--name <id>]                         end it";
 pub(crate) struct Options {
     pub(crate) json: bool,
     then: Then,
-    istio: bool,
+    on: On,
     follow: bool,
     pub(crate) name: Option<String>,
     pub(crate) ztunnel: Option<PathBuf>,
@@ -51,6 +51,16 @@ pub(crate) struct Options {
     words: Vec<String>,
     /// What follows `--`.
     command: Vec<OsString>,
+}
+
+/// What the checks are made on.
+#[derive(Clone, Copy, Debug, Default)]
+enum On {
+    /// Namespaces, and a CNI that the lab plays.
+    #[default]
+    Namespaces,
+    /// A real mesh.
+    Istio,
 }
 
 /// What becomes of the lab when its checks are through.
@@ -89,7 +99,7 @@ fn run() -> Result<ExitCode> {
     }
     let name = options.name.as_deref();
     match words.as_slice() {
-        [] if options.istio => istio::run(&options),
+        [] if matches!(options.on, On::Istio) => istio::run(&options),
         ["istio-inside", rest @ ..] => istio::inside(&options, rest),
         ["istio"] => istio::enter(&options),
         ["istio-stop"] => istio::stop(),
@@ -136,7 +146,7 @@ impl Options {
                     break;
                 }
                 "--json" => options.json = true,
-                "--istio" => options.istio = true,
+                "--istio" => options.on = On::Istio,
                 "--keep" => options.then = Then::Keep,
                 "--held" => options.then = Then::Hold,
                 "--follow" | "-f" => options.follow = true,

@@ -149,7 +149,7 @@ impl Case<'_> {
         self.bed.apply(&strict("  portLevelMtls: {9000: {mode: PERMISSIVE}}\n"))?;
         mesh_tests::wait::retry("port 9000 to be PERMISSIVE", SOON, || self.hold(&self.legacy))?;
         ensure!(self.bed.get(&self.legacy, &self.url).is_err(), "port 8080 is PERMISSIVE as well");
-        self.bed.apply(&strict("  portLevelMtls: {}\n"))?;
+        self.bed.apply(&strict(""))?;
         self.holds_not(&self.legacy)?;
         Ok("STRICT but for port 9000, which legacy may use".into())
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::capture::Capture;
 use serde_json::Value;
 
-use super::bed::Bed;
+use super::bed::{Bed, KubePod};
 use crate::{checks::text, report::Report};
 
 pub(super) const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
@@ -71,10 +71,15 @@ pub(super) fn check(bed: &Bed, report: &mut Report) -> Result<()> {
         let vip = bed.vip("shop", "server")?;
         both(bed, &near, &format!("http://{vip}/"))
     });
+    seen(bed, &client, &far, report);
+    Ok(())
+}
+
+fn seen(bed: &Bed, client: &KubePod, far: &KubePod, report: &mut Report) {
     report.check("outsider", || {
         let legacy = bed.pod("outside", "legacy")?;
         let answer = bed.reaches(&legacy, &format!("http://{}:8080/", far.address))?;
-        bed.reaches(&client, &format!("http://{}:8080/", legacy.address))?;
+        bed.reaches(client, &format!("http://{}:8080/", legacy.address))?;
         Ok(format!(
             "PERMISSIVE: {} answered a pod outside of the mesh; and the other way",
             text(&answer, "pod")
@@ -89,16 +94,15 @@ pub(super) fn check(bed: &Bed, report: &mut Report) -> Result<()> {
             ("destination_principal", SERVER),
             ("destination_service_name", "server"),
         ];
-        let count = bed.proxy_of(&client)?.metrics()?.sum(opened, &labels);
+        let count = bed.proxy_of(client)?.metrics()?.sum(opened, &labels);
         ensure!(count > 0.0, "no {opened} with {labels:?}");
         Ok(format!("{count} connections opened by mutual TLS to service server"))
     });
     report.check("istioctl", || istioctl(bed));
-    Ok(())
 }
 
 /// Both servers answer, sooner or later.
-fn both(bed: &Bed, client: &super::bed::KubePod, url: &str) -> Result<String> {
+fn both(bed: &Bed, client: &KubePod, url: &str) -> Result<String> {
     let mut pods = std::collections::BTreeSet::new();
     for _ in 0..40 {
         pods.insert(text(&bed.reaches(client, url)?, "pod").to_owned());
