@@ -6,7 +6,11 @@ use super::{
     reconcile::{Reconcile, Step},
 };
 use crate::connections::Connections;
-use mesh_platform::{netns::Netns, redirect, uds::Seqpacket};
+use mesh_platform::{
+    netns::Netns,
+    redirect::{self, Redirect},
+    uds::Seqpacket,
+};
 use mesh_runtime::{
     backoff::Backoff,
     ready::Gate,
@@ -27,8 +31,12 @@ use tokio::time::{Instant, interval_at, sleep};
 const RETRY: Duration = Duration::from_secs(5);
 
 /// The pods that are served now, for the dump.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Served(Arc<Mutex<BTreeMap<String, Entry>>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Served {
+    entries: Arc<Mutex<BTreeMap<String, Entry>>>,
+    /// Who redirects their traffic.
+    by: &'static str,
+}
 
 #[derive(Debug)]
 enum Entry {
@@ -41,16 +49,23 @@ enum Entry {
 struct Up {
     info: PodInfo,
     sockets: redirect::Pod,
+    /// Whether its application sees its clients' addresses.
+    original_source: bool,
     connections: Connections,
     tasks: Tasks,
 }
 
 impl Served {
-    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// None yet. `by` is who redirects their traffic.
+    pub(crate) fn new(by: &'static str) -> Self {
+        Self { entries: Arc::default(), by }
     }
 
-    /// Istio's `workloadState`, with the reason where a pod is not served.
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Istio's `workloadState`, and beside it who captures each pod, and why one is not captured.
     pub(crate) fn dump(&self) -> Value {
         let info = |info: &PodInfo| {
             json!({
@@ -68,9 +83,15 @@ impl Served {
                         "state": "Up",
                         "info": info(&up.info),
                         "connections": up.connections.dump(),
+                        "capture": {
+                            "by": self.by,
+                            "state": "Captured",
+                            "originalSource": up.original_source,
+                        },
                     }),
                     Entry::Pending { info: who, why } => {
-                        json!({ "state": "Pending", "info": info(who), "reason": why })
+                        let capture = json!({ "by": self.by, "state": "Failed", "reason": why });
+                        json!({ "state": "Pending", "info": info(who), "capture": capture })
                     }
                 };
                 (uid.clone(), value)
@@ -289,7 +310,10 @@ impl Manager {
         // The kernel takes milliseconds: not on this thread.
         let start = move || {
             let started = Pod::start(&shared, &key, who.clone(), &place, &tasks);
-            started.map(|(sockets, connections)| Up { info: who, sockets, connections, tasks })
+            started.map(|(sockets, connections)| {
+                let original_source = shared.redirect.original_source(&sockets);
+                Up { info: who, sockets, original_source, connections, tasks }
+            })
         };
         let why = match tokio::task::spawn_blocking(start).await {
             Ok(Ok(up)) => {
@@ -324,13 +348,12 @@ impl Manager {
         let farewell = self.shared.config.farewell;
         if farewell.is_zero() {
             tasks.cancel();
-        } else {
-            let redirect = Arc::clone(&self.shared.redirect);
-            self.tasks.spawn(move |_| async move {
-                tasks.drain(farewell).await;
-                withdraw(&info, move || redirect.finish(&sockets)).await;
-            });
         }
+        let redirect = Arc::clone(&self.shared.redirect);
+        self.tasks.spawn(move |_| async move {
+            tasks.drain(farewell).await;
+            finish(&info, &redirect, &sockets).await;
+        });
     }
 
     async fn retry(&mut self) {
@@ -355,16 +378,29 @@ impl Manager {
     }
 }
 
-async fn withdraw(
+/// Takes away what was left for the pod's connections: ours are over, those of another node proxy may not be.
+async fn finish(pod: &PodInfo, redirect: &Arc<dyn Redirect>, sockets: &redirect::Pod) {
+    let mut again = Backoff::new(Duration::from_millis(50), Duration::from_secs(10), 2.0, 0.0);
+    loop {
+        let (redirect, sockets) = (Arc::clone(redirect), sockets.clone());
+        match withdraw(pod, move || redirect.finish(&sockets)).await {
+            Some(false) => sleep(again.next_delay()).await,
+            Some(true) | None => return,
+        }
+    }
+}
+
+async fn withdraw<T: Send + 'static>(
     pod: &PodInfo,
-    act: impl FnOnce() -> Result<(), redirect::CaptureError> + Send + 'static,
-) {
+    act: impl FnOnce() -> Result<T, redirect::CaptureError> + Send + 'static,
+) -> Option<T> {
     let why = match tokio::task::spawn_blocking(act).await {
-        Ok(Ok(())) => return,
+        Ok(Ok(done)) => return Some(done),
         Ok(Err(error)) => chain(&error),
         Err(stopped) => stopped.to_string(),
     };
     tracing::warn!(%pod, error = %why, "the pod's capture could not be withdrawn");
+    None
 }
 
 /// An error and its causes, outermost first.
