@@ -88,6 +88,7 @@ fn attach(lab: &Lab) -> (Program, Listeners) {
     let listeners = sockets::listeners(&SocketOptions::default(), 1).unwrap();
     let here = Surroundings::look().unwrap();
     let contents = Contents {
+        dns: None,
         listeners: &listeners,
         here: &here,
         probes: &PROBES,
