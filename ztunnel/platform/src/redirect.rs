@@ -242,6 +242,16 @@ impl Pod {
 }
 
 impl Pod {
+    /// Whether its namespace has no device but loopback any more: the pod itself is gone.
+    #[must_use]
+    pub fn is_deserted(&self) -> bool {
+        let names = self.0.netns.run(nix::net::if_::if_nameindex);
+        // What cannot be told is not so.
+        names.is_ok_and(|names| {
+            names.is_ok_and(|names| names.iter().all(|device| device.name().to_bytes() == b"lo"))
+        })
+    }
+
     /// Ends when the listeners may be closed without a loss: the process that follows has taken the pod over,
     /// and nobody waits for ours any more. Gives it `patience` to come. Where no process can take over, ends at
     /// once. To be waited for when a drain begins, while accepting goes on.

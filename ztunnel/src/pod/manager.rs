@@ -2,7 +2,7 @@
 
 use super::{
     Pod, Shared,
-    protocol::{self, MAX_PACKET},
+    protocol::{self, MAX_PACKET, Reaction},
     reconcile::{Reconcile, Step},
 };
 use crate::connections::Connections;
@@ -162,11 +162,16 @@ impl Manager {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {
                     tracing::info!(agent = %agent.display(), "connected to the CNI agent");
-                    backoff.reset();
                     self.machine.connected();
                     self.waiting.clear();
+                    self.served.entries().retain(|_, entry| matches!(entry, Entry::Up(_)));
                     self.publish();
-                    self.session(connection, &draining).await
+                    let ended = self.session(connection, &draining).await;
+                    // Not by a connection alone: an agent that hangs up at once would be dialled at once.
+                    if self.machine.is_synced() {
+                        backoff.reset();
+                    }
+                    ended
                 }
                 Err(ended) => ended,
             };
@@ -254,15 +259,15 @@ impl Manager {
         let request = match protocol::parse(bytes, netns.is_some()) {
             Ok(request) => request,
             Err(invalid) => {
-                let what = if invalid.is_fatal() { "process" } else { "read" };
-                let text = format!("failure to {what} message : {invalid}");
                 tracing::error!(error = %invalid, "a packet of the CNI agent is refused");
-                connection.send(&protocol::ack(&text)).await.map_err(Ended::Lost)?;
-                return Err(if invalid.is_fatal() {
-                    Ended::Broken(ProtocolBroken(invalid.to_string()))
-                } else {
-                    Ended::Lost(io::Error::new(io::ErrorKind::InvalidData, invalid))
-                });
+                connection.send(&protocol::ack(&invalid.answer())).await.map_err(Ended::Lost)?;
+                return match invalid.reaction() {
+                    Reaction::GoOn => Ok(()),
+                    Reaction::Reconnect => {
+                        Err(Ended::Lost(io::Error::new(io::ErrorKind::InvalidData, invalid)))
+                    }
+                    Reaction::GiveUp => Err(Ended::Broken(ProtocolBroken(invalid.to_string()))),
+                };
             }
         };
         tracing::debug!(?request, "message of the CNI agent");
@@ -275,10 +280,19 @@ impl Manager {
         };
         let error = match self.machine.message(request, netns.as_ref().map(Netns::id)) {
             Step::Done => String::new(),
-            Step::Stop(uids) => {
-                for uid in uids {
+            Step::Stop(uid) => {
+                self.stop(&uid).await;
+                String::new()
+            }
+            Step::Release(uid) => {
+                self.release(&uid).await;
+                String::new()
+            }
+            Step::Settle { gone, named } => {
+                for uid in gone {
                     self.stop(&uid).await;
                 }
+                self.prune(named).await;
                 String::new()
             }
             Step::Start { uid, pod } => match netns {
@@ -351,9 +365,30 @@ impl Manager {
         }
         let redirect = Arc::clone(&self.shared.redirect);
         self.tasks.spawn(move |_| async move {
-            tasks.drain(farewell).await;
+            // Dropped, the drain ends what is left: nothing gets to or from a namespace without devices, and our
+            // sockets would keep it.
+            tokio::select! {
+                _ = tasks.drain(farewell) => {}
+                () = deserted(&sockets) => {}
+            }
             finish(&info, &redirect, &sockets).await;
         });
+    }
+
+    /// Withdraws the capture of a pod that an earlier process served.
+    async fn release(&self, uid: &str) {
+        let (redirect, pod) = (Arc::clone(&self.shared.redirect), uid.to_owned());
+        let act = move || match redirect.release(Some(&pod)) {
+            Err(redirect::CaptureError::UnknownPod) => Ok(()),
+            result => result.map(drop),
+        };
+        withdraw(&uid, act).await;
+    }
+
+    /// Withdraws what earlier processes captured, but for these.
+    async fn prune(&self, named: Vec<String>) {
+        let redirect = Arc::clone(&self.shared.redirect);
+        withdraw(&"of an earlier process", move || redirect.prune(&named)).await;
     }
 
     async fn retry(&mut self) {
@@ -390,8 +425,16 @@ async fn finish(pod: &PodInfo, redirect: &Arc<dyn Redirect>, sockets: &redirect:
     }
 }
 
+/// Ends when nothing leads to the pod or from it any more: it is gone, and not only out of the mesh.
+async fn deserted(sockets: &redirect::Pod) {
+    let mut look = interval_at(Instant::now(), Duration::from_secs(1));
+    while !sockets.is_deserted() {
+        look.tick().await;
+    }
+}
+
 async fn withdraw<T: Send + 'static>(
-    pod: &PodInfo,
+    pod: &(dyn fmt::Display + Sync),
     act: impl FnOnce() -> Result<T, redirect::CaptureError> + Send + 'static,
 ) -> Option<T> {
     let why = match tokio::task::spawn_blocking(act).await {
