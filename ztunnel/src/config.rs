@@ -1,6 +1,9 @@
 //! The settings of the node proxy: read once, all faults reported together.
 
+mod dns;
 pub mod keys;
+
+pub use dns::Dns;
 
 use crate::pod::DataPath;
 use mesh_core::{Namespace, NetworkId, ServiceAccount, Text};
@@ -29,6 +32,8 @@ pub struct Config {
     pub data_path: DataPath,
     /// Who redirects the pods' traffic, and how sockets are made.
     pub capture: Capture,
+    /// How names are answered, if they are.
+    pub dns: Option<Dns>,
     /// Where workloads, services and policies come from.
     pub resources: Resources,
     /// Who signs certificates.
@@ -222,7 +227,9 @@ fn read(reader: &mut Reader<'_>) -> Config {
     let resources = resources(reader);
     let pods = pods(reader);
     let own = matches!(pods, Pods::Shared(_)).then(|| own(reader)).flatten();
-    let capture = capture(reader, &pods);
+    let dns = dns::dns(reader, matches!(pods, Pods::Dedicated(_)));
+    let dns = dns::without_demand(reader, dns, &resources);
+    let capture = capture(reader, &pods, dns.as_ref());
     let process = process(reader);
     let tls = tls(reader);
     let control_plane = control_plane(reader);
@@ -238,6 +245,7 @@ fn read(reader: &mut Reader<'_>) -> Config {
         control_plane,
         data_path,
         capture,
+        dns,
         resources,
         authority,
         tls,
@@ -434,7 +442,7 @@ fn own(reader: &mut Reader<'_>) -> Option<PodInfo> {
     info
 }
 
-fn capture(reader: &mut Reader<'_>, pods: &Pods) -> Capture {
+fn capture(reader: &mut Reader<'_>, pods: &Pods, dns: Option<&Dns>) -> Capture {
     let keepalive = Keepalive {
         time: reader.duration(&keys::KEEPALIVE_TIME),
         interval: reader.duration(&keys::KEEPALIVE_INTERVAL),
@@ -459,13 +467,15 @@ fn capture(reader: &mut Reader<'_>, pods: &Pods) -> Capture {
         port_reuse: reader.toggle(&keys::INPOD_PORT_REUSE),
         original_source,
         mark: mark.filter(|_| shared || told),
+        dns: dns.map(|dns| dns.address),
     };
     let choices = [("external", false), ("ebpf", true)];
     if reader.choice(&keys::CAPTURE, &choices).unwrap_or_default() {
         if !shared {
             reader.invalid(&keys::CAPTURE, "unset it: in dedicated mode nothing is captured by us");
         }
-        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), ..EbpfSettings::default() })
+        let dns = dns.map(|dns| dns.address.port());
+        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), dns, ..EbpfSettings::default() })
     } else {
         Capture::External(external)
     }

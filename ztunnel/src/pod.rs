@@ -14,6 +14,7 @@ use crate::{
     telemetry::{Reporter, Telemetry},
 };
 use mesh_core::{Failure, NetworkId, PeerAddr, Reason, Workload};
+use mesh_dns::Resolver;
 use mesh_hbone::{Pool, Settings};
 use mesh_identity::{Certificates, WorkloadCertificate};
 use mesh_platform::{
@@ -71,6 +72,8 @@ pub(crate) struct Shared {
     pub(crate) names: Names,
     pub(crate) demand: Demand,
     pub(crate) telemetry: Telemetry,
+    /// Answers names, if that is wanted.
+    pub(crate) dns: Option<Arc<Resolver>>,
 }
 
 /// A pod that is served. What belongs to it ends with it: its listeners, tunnels and connections.
@@ -166,6 +169,9 @@ impl Pod {
             yielded.await;
             drop(close);
         });
+        if let (Some(resolver), Some(dns)) = (&self.shared.dns, self.sockets.take_dns()) {
+            crate::dns::serve(self, resolver, dns, &closing);
+        }
         self.accept_until(Door::Outbound, (listeners.outbound, &closing), outbound::accepted);
         self.accept_until(
             Door::Inbound,
