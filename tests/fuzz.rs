@@ -44,6 +44,11 @@ const TARGETS: &[Target] = &[
     Target { name: "peer_certificate", check: mesh_identity::fuzz::peer_certificate, words: WORDS },
     Target { name: "revocation_lists", check: mesh_identity::fuzz::revocation_lists, words: &[] },
     Target { name: "alert", check: mesh_identity::fuzz::alert, words: &[] },
+    Target {
+        name: "dns_query",
+        check: mesh_dns::fuzz::query,
+        words: &["\u{0}\u{1}\u{0}\u{1}", "\u{3}web", "\u{0}\u{0}\u{29}"],
+    },
 ];
 
 const HEADERS: &[&str] =

@@ -15,7 +15,7 @@ use std::{
 use anyhow::Context as _;
 use mesh_core::{Failure, NetworkId, Reason, SpiffeId};
 use mesh_hbone::{
-    Authority, Dialing, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest, relay,
+    Authority, Dialed, Dialing, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest, relay,
     server::{self, Incoming},
 };
 use mesh_identity::{
@@ -90,7 +90,7 @@ impl Near {
         let request = TunnelRequest::to(Authority::Addr(self.to));
         let (to, tls) = (self.key.to, self.certificate.client_config(&self.key.expect));
         let dial = || -> Dialing<'_> {
-            Box::pin(ready(dial(to).map(|stream| (stream, Arc::clone(&tls)))))
+            Box::pin(ready(dial(to).map(|stream| Dialed::new(stream, Arc::clone(&tls)))))
         };
         let opened = self.pool.open(&self.key, &request, dial).await?;
         Ok(relay(Tcp::new(stream)?, opened.stream, &()).await?)

@@ -3,6 +3,7 @@
 use crate::{
     config::{Authority, Capture, Config, Pods, Resources},
     control_plane,
+    demand::Demand,
     metrics::Metrics,
     names::Names,
     pod::{
@@ -16,7 +17,8 @@ use anyhow::Context as _;
 use mesh_identity::{
     Certificates, Manager as CertificateManager,
     ca::{CertificateAuthority, Nobody, local::LocalCa},
-    tls::{Context, Options},
+    crl::Revocations,
+    tls::Context,
 };
 use mesh_platform::{
     limits, probe,
@@ -86,20 +88,26 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let workers = Workers::start(config.process.workers).context("start the workers")?;
     register_process(&doors.registry);
     register_workers(&doors.registry, &workers);
-    let writer = Writer::new(config.node.name.clone()).timed(uptime);
+    let writer = state_writer(&config);
     let state = writer.handle();
     watch_state(&doors.registry, &state);
     let sources = Sources::new(writer, &doors.dump);
-    load(&config, sources, &doors, &base)?;
+    let demand = load(&config, sources, &doors, &base)?;
 
-    let certificates = certificates(&config, &base)?;
+    let certificates = certificates(&config, &doors.registry, &base)?;
     let dumped = certificates.clone();
     doors.dump.register("certificates", move || dumped.dump());
     mesh_identity::metrics::certificates(&doors.registry, &certificates);
     let redirect = redirect(&config)?;
     let metrics = Metrics::new(&doors.registry, &config.node.version);
+    let dns = config.dns.map(|dns| {
+        let metrics = mesh_dns::Metrics::new(&doors.registry);
+        Arc::new(mesh_dns::Resolver::new(dns.settings, state.clone(), metrics))
+    });
     watch_log(&doors.registry, log);
     let shared = Shared {
+        dns,
+        demand,
         names: Names::new(tokio::runtime::Handle::current(), config.process.ipv6),
         config: Arc::new(config.data_path),
         state,
@@ -109,7 +117,14 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
         telemetry: Telemetry { log: log.access_log(), metrics: Arc::new(metrics) },
     };
     let drain = config.process.drain;
-    let failed = take_pods(shared, config.pods, &doors, &pods)?;
+    let served = Served::new(match config.capture {
+        Capture::External(_) => "external",
+        Capture::Ebpf(_) => "ebpf",
+    });
+    if let Some(info) = config.own {
+        crate::pod::own::serve(&shared, info, config.process.ipv6, &pods)?;
+    }
+    let failed = take_pods(shared, (config.pods, served), &doors, &pods)?;
 
     let cause = signals.requested().await;
     let broken = failed.is_cancelled();
@@ -153,21 +168,22 @@ fn listen(config: &Config, doors: &Doors, log: &LogHandle, http: &Tasks) -> anyh
     }
     Arc::new(admin::metrics_server(&doors.registry)).serve(http, wildcard(process.stats_port)?);
     Arc::new(admin::readiness_server(&doors.readiness)).serve(http, wildcard(READINESS_PORT)?);
-    doors.dump.register("version", version);
+    let version = version(&config.node.version);
+    doors.dump.register("version", move || version.clone());
     let effective = config.effective.clone();
     doors.dump.register("config", move || effective.clone());
     Ok(())
 }
 
 /// Istio's names for what this is.
-fn version() -> serde_json::Value {
+fn version(istio: &str) -> serde_json::Value {
     serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
         "gitRevision": option_env!("GIT_REVISION").unwrap_or("unknown"),
         "rustVersion": env!("CARGO_PKG_RUST_VERSION"),
         "buildProfile": if cfg!(debug_assertions) { "debug" } else { "release" },
         "buildStatus": "Clean",
-        "istioVersion": "unknown",
+        "istioVersion": istio,
         "cryptoProvider": "aws-lc",
     })
 }
@@ -188,6 +204,14 @@ fn uptime() -> Duration {
     BEGAN.get_or_init(Instant::now).elapsed()
 }
 
+fn state_writer(config: &Config) -> Writer {
+    let writer = Writer::new(config.node.name.clone()).timed(uptime);
+    match &config.node.preferred {
+        Some(namespace) => writer.preferring(namespace.clone()),
+        None => writer,
+    }
+}
+
 /// How long the writer of the state has kept the data path waiting.
 fn watch_state(registry: &Registry, state: &Handle) {
     let (labels, state) = (Labels::empty(), state.clone());
@@ -201,12 +225,15 @@ fn watch_state(registry: &Registry, state: &Handle) {
     });
 }
 
-fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<()> {
-    let Doors { registry, readiness, .. } = doors;
+/// Has workloads, services and policies come. Returns whom to ask for those that do not come by themselves.
+fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<Demand> {
+    let Doors { registry, readiness, dump, .. } = doors;
+    let is_local = matches!(config.resources, Resources::File(_) | Resources::Inline(_));
+    sources.show_static(dump, is_local);
     match &config.resources {
         Resources::ControlPlane(remote) => {
             let with = (registry, readiness, base);
-            control_plane::follow(&config.control_plane, remote, &config.node, sources, with)?;
+            return control_plane::follow(config, remote, sources, with);
         }
         Resources::File(path) => resources::watch(path, sources, base)?,
         Resources::Inline(text) => resources::inline(text, sources)?,
@@ -214,12 +241,23 @@ fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyho
             tracing::warn!("no source of workloads: set XDS_ADDRESS, or LOCAL_XDS_PATH in a lab")
         }
     }
-    Ok(())
+    Ok(Demand::default())
 }
 
-fn certificates(config: &Config, base: &Tasks) -> anyhow::Result<Certificates> {
+fn certificates(
+    config: &Config,
+    registry: &Registry,
+    base: &Tasks,
+) -> anyhow::Result<Certificates> {
     let clock = Arc::new(SystemClock);
-    let context = Context::new(Options::default(), Arc::<SystemClock>::clone(&clock));
+    let mut context = Context::new(config.tls.options, Arc::<SystemClock>::clone(&clock));
+    if let Some(path) = &config.tls.revocations
+        && let Some((watcher, revocations)) = Revocations::open(path.clone())
+    {
+        mesh_identity::metrics::revocations(registry, &revocations);
+        context = context.with_revocations(revocations);
+        base.spawn(move |draining| watcher.run(async move { draining.stopping().await }));
+    }
     let ca: Arc<dyn CertificateAuthority> = match &config.authority {
         Authority::Local { folder, ttl } => {
             let open = LocalCa::open(folder, *ttl, clock);
@@ -229,8 +267,7 @@ fn certificates(config: &Config, base: &Tasks) -> anyhow::Result<Certificates> {
         }
         Authority::Istio { remote, ttl } => {
             let shared = matches!(config.pods, Pods::Shared(_));
-            let settings = &config.control_plane;
-            control_plane::authority(settings, remote, &config.node, (*ttl, shared), base)?
+            control_plane::authority(config, remote, (*ttl, shared), base)?
         }
         Authority::Nobody => {
             tracing::warn!("nobody signs certificates: every tunnel will fail. Set CA_ADDRESS");
@@ -262,12 +299,11 @@ fn redirect(config: &Config) -> anyhow::Result<Arc<dyn Redirect>> {
 /// Serves the pods. What it returns is cancelled where the CNI agent does not speak our protocol.
 fn take_pods(
     shared: Shared,
-    pods: Pods,
+    (pods, served): (Pods, Served),
     doors: &Doors,
     tasks: &Tasks,
 ) -> anyhow::Result<tokio_util::sync::CancellationToken> {
     let broken = tokio_util::sync::CancellationToken::new();
-    let served = Served::default();
     let dumped = served.clone();
     doors.dump.register("workloadState", move || dumped.dump());
     match pods {

@@ -1,6 +1,9 @@
 //! The settings of the node proxy: read once, all faults reported together.
 
+mod dns;
 pub mod keys;
+
+pub use dns::Dns;
 
 use crate::pod::DataPath;
 use mesh_core::{Namespace, NetworkId, ServiceAccount, Text};
@@ -29,12 +32,18 @@ pub struct Config {
     pub data_path: DataPath,
     /// Who redirects the pods' traffic, and how sockets are made.
     pub capture: Capture,
+    /// How names are answered, if they are.
+    pub dns: Option<Dns>,
     /// Where workloads, services and policies come from.
     pub resources: Resources,
     /// Who signs certificates.
     pub authority: Authority,
+    /// How certificates are used.
+    pub tls: Tls,
     /// Which pods are served.
     pub pods: Pods,
+    /// Who we are as a workload, where tunnels are to be taken to ourselves.
+    pub own: Option<PodInfo>,
     /// The process itself.
     pub process: Process,
     /// All settings as they are in effect, for the dump.
@@ -50,6 +59,8 @@ pub struct Node {
     pub cluster: Text,
     /// The release, for `istio_build`.
     pub version: String,
+    /// Whose service a hostname means where nothing else decides.
+    pub preferred: Option<Namespace>,
 }
 
 /// Who redirects the pods' traffic.
@@ -60,6 +71,19 @@ pub enum Capture {
     /// We do.
     Ebpf(EbpfSettings),
 }
+
+/// How certificates are used.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Tls {
+    /// Versions, suites and groups: of tunnels, and of the connections to the control plane.
+    pub options: mesh_identity::tls::Options,
+    /// Where the revocation lists are.
+    pub revocations: Option<PathBuf>,
+}
+
+/// How long a process that is told to stop waits for one that takes over, at most. As a rule that one is there
+/// before: an upgrade waits for its readiness.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How we present ourselves to a control plane.
 #[derive(Clone, Debug)]
@@ -76,6 +100,8 @@ pub struct ControlPlane {
     pub metadata: BTreeMap<String, String>,
     /// `ISTIO_METAJSON_*`.
     pub json_metadata: BTreeMap<String, String>,
+    /// Whether workloads and services are asked for one by one.
+    pub on_demand: bool,
 }
 
 /// A server of the control plane.
@@ -200,19 +226,31 @@ fn read(reader: &mut Reader<'_>) -> Config {
     let authority = authority(reader);
     let resources = resources(reader);
     let pods = pods(reader);
-    let capture = capture(reader, &pods);
+    let own = matches!(pods, Pods::Shared(_)).then(|| own(reader)).flatten();
+    let dns = dns::dns(reader, matches!(pods, Pods::Dedicated(_)));
+    let dns = dns::without_demand(reader, dns, &resources);
+    let capture = capture(reader, &pods, dns.as_ref());
     let process = process(reader);
-    let data_path = data_path(reader, &capture);
-    let effective = effective(reader);
+    let tls = tls(reader);
     let control_plane = control_plane(reader);
+    let mut data_path = data_path(reader, &capture);
+    // What is accepted meanwhile needs some of the drain, too.
+    data_path.patience = PATIENCE.min(process.drain / 2);
+    // A file has everything that there is.
+    data_path.plan.on_demand =
+        control_plane.on_demand && matches!(resources, Resources::ControlPlane(_));
+    let effective = effective(reader);
     Config {
         node,
         control_plane,
         data_path,
         capture,
+        dns,
         resources,
         authority,
+        tls,
         pods,
+        own,
         process,
         effective,
     }
@@ -241,7 +279,31 @@ fn node(reader: &mut Reader<'_>) -> Node {
     Node {
         name: name(reader, &keys::NODE_NAME, Text::default()),
         cluster: cluster.parse().unwrap_or_default(),
+        preferred: preferred(reader),
         version: reader.text(&keys::ISTIO_META_ISTIO_VERSION),
+    }
+}
+
+fn preferred(reader: &mut Reader<'_>) -> Option<Namespace> {
+    let text = reader.text(&keys::PREFERED_SERVICE_NAMESPACE);
+    if text.is_empty() {
+        return None;
+    }
+    let namespace = text.parse().ok();
+    if namespace.is_none() {
+        reader.invalid(&keys::PREFERED_SERVICE_NAMESPACE, "write a name of Kubernetes");
+    }
+    namespace
+}
+
+/// Istio's rules: exactly these words, and any other is none.
+fn tls(reader: &mut Reader<'_>) -> Tls {
+    Tls {
+        options: mesh_identity::tls::Options {
+            post_quantum: reader.text(&keys::COMPLIANCE_POLICY) == "pqc",
+            tls12: reader.flag(&keys::TLS12_ENABLED),
+        },
+        revocations: optional_path(reader, &keys::CRL_PATH),
     }
 }
 
@@ -312,6 +374,7 @@ fn control_plane(reader: &mut Reader<'_>) -> ControlPlane {
         token: reader.source().get(keys::AUTH_TOKEN.name).filter(|token| !token.is_empty()),
         metadata,
         json_metadata,
+        on_demand: reader.toggle(&keys::XDS_ON_DEMAND),
     }
 }
 
@@ -358,7 +421,28 @@ fn pods(reader: &mut Reader<'_>) -> Pods {
     )
 }
 
-fn capture(reader: &mut Reader<'_>, pods: &Pods) -> Capture {
+/// All three, or we are no workload.
+fn own(reader: &mut Reader<'_>) -> Option<PodInfo> {
+    let [name, namespace, account] =
+        [&keys::POD_NAME, &keys::POD_NAMESPACE, &keys::SERVICE_ACCOUNT].map(|key| reader.text(key));
+    if name.is_empty() || namespace.is_empty() || account.is_empty() {
+        return None;
+    }
+    let info = || {
+        let (namespace, service_account) = (namespace.parse().ok()?, account.parse().ok()?);
+        Some(PodInfo { name: name.parse().ok()?, namespace, service_account })
+    };
+    let info = info();
+    if info.is_none() {
+        reader.invalid(
+            &keys::POD_NAME,
+            "write names of Kubernetes, as in POD_NAMESPACE and SERVICE_ACCOUNT",
+        );
+    }
+    info
+}
+
+fn capture(reader: &mut Reader<'_>, pods: &Pods, dns: Option<&Dns>) -> Capture {
     let keepalive = Keepalive {
         time: reader.duration(&keys::KEEPALIVE_TIME),
         interval: reader.duration(&keys::KEEPALIVE_INTERVAL),
@@ -383,13 +467,15 @@ fn capture(reader: &mut Reader<'_>, pods: &Pods) -> Capture {
         port_reuse: reader.toggle(&keys::INPOD_PORT_REUSE),
         original_source,
         mark: mark.filter(|_| shared || told),
+        dns: dns.map(|dns| dns.address),
     };
     let choices = [("external", false), ("ebpf", true)];
     if reader.choice(&keys::CAPTURE, &choices).unwrap_or_default() {
         if !shared {
             reader.invalid(&keys::CAPTURE, "unset it: in dedicated mode nothing is captured by us");
         }
-        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), ..EbpfSettings::default() })
+        let dns = dns.map(|dns| dns.address.port());
+        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), dns, ..EbpfSettings::default() })
     } else {
         Capture::External(external)
     }
@@ -466,6 +552,7 @@ fn data_path(reader: &mut Reader<'_>, capture: &Capture) -> DataPath {
             Capture::External(_) => Duration::ZERO,
             Capture::Ebpf(_) => Duration::from_secs(60 * 60),
         },
+        patience: Duration::ZERO,
     }
 }
 

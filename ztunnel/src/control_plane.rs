@@ -1,7 +1,8 @@
 //! istiod: where resources come from, and who signs certificates.
 
 use crate::{
-    config::{ControlPlane as Settings, Node, Remote},
+    config::{Config, Remote},
+    demand::Demand,
     resources::Sources,
 };
 use anyhow::Context as _;
@@ -19,8 +20,7 @@ use mesh_runtime::{
 use mesh_xds::client::{self, Client};
 use std::{sync::Arc, time::Duration};
 
-fn plane(remote: &Remote, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
-    let options = Options::default();
+fn plane(remote: &Remote, options: Options, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
     let also_named = remote.also_named.clone().map(TryInto::try_into).transpose();
     let tls = Tls {
         roots: Roots::from_setting(&remote.root),
@@ -32,18 +32,21 @@ fn plane(remote: &Remote, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
         .with_context(|| format!("use the control plane at {}", remote.address))
 }
 
-/// Has the control plane's resources applied from now on.
+/// Has the control plane's resources applied from now on. Returns whom to ask for those that do not come by
+/// themselves.
 ///
 /// # Errors
 ///
 /// Returns what is wrong with the settings; a control plane that is not there is waited for.
 pub(crate) fn follow(
-    settings: &Settings,
+    config: &Config,
     remote: &Remote,
-    node: &Node,
     sources: Sources,
     (registry, readiness, tasks): (&Registry, &Readiness, &Tasks),
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Demand> {
+    let Config { control_plane: settings, node, .. } = config;
+    let plane = plane(remote, config.tls.options, tasks)?;
+    let on_demand = settings.on_demand;
     let token = Token::from_setting(settings.token.as_deref());
     let settings = client::Settings {
         node: mesh_xds::Node {
@@ -55,14 +58,13 @@ pub(crate) fn follow(
             json_metadata: settings.json_metadata.clone(),
         },
         cluster: node.cluster.to_string(),
-        on_demand: false,
+        on_demand,
         headers: remote.headers.clone(),
         token: Arc::new(move || Ok(token.read()?)),
     };
-    let plane = plane(remote, tasks)?;
-    let (client, _demand) = Client::new(settings, plane, sources, (registry, readiness))?;
+    let (client, demand) = Client::new(settings, plane, sources, (registry, readiness))?;
     tasks.spawn(|draining| client.run(draining));
-    Ok(())
+    Ok(if on_demand { Demand::of(demand) } else { Demand::default() })
 }
 
 /// The CA behind this address.
@@ -71,17 +73,17 @@ pub(crate) fn follow(
 ///
 /// Returns what is wrong with the settings.
 pub(crate) fn authority(
-    settings: &Settings,
+    config: &Config,
     remote: &Remote,
-    node: &Node,
     (validity, impersonate): (Duration, bool),
     tasks: &Tasks,
 ) -> anyhow::Result<Arc<dyn CertificateAuthority>> {
+    let Config { control_plane: settings, node, .. } = config;
     let root = match Roots::from_setting(&remote.root) {
         Roots::File(path) => Some(path),
         Roots::Pem(_) | Roots::System => None,
     };
-    let plane = plane(remote, tasks)?;
+    let plane = plane(remote, config.tls.options, tasks)?;
     let settings = istio::Settings {
         impersonate,
         validity,

@@ -7,6 +7,7 @@ pub use resolve::{Ask, Refusal, Target, resolve};
 
 use crate::{
     connections::{Carrier, Direction, Listed, Live},
+    handshake::{self, Revoked},
     outbound::{CONNECT_TIMEOUT, baggage},
     pod::{Pod, Refused},
     policy_watch::{Facts, PolicyWatch},
@@ -17,14 +18,20 @@ use mesh_hbone::{
     Duplex, Meter, ResponseHead, Stream, Tcp, TunnelRequest, proxy_protocol, relay,
     server::{self, Incoming},
 };
-use mesh_identity::verify::peer_identity;
+use mesh_identity::{
+    crl::{Peer, Tracked},
+    verify::peer_identity,
+};
 use mesh_policy::{Denial, Permit};
 use mesh_runtime::tasks::Draining;
 use std::{
     fmt, io,
     net::{SocketAddr, TcpStream},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 use tokio::time::{Instant, timeout};
 
@@ -36,6 +43,8 @@ struct Tunnel {
     peer: SocketAddr,
     local: SocketAddr,
     identity: Option<SpiffeId>,
+    /// Set before the tunnel is closed because of its peer's certificates.
+    revoked: AtomicBool,
 }
 
 /// Takes a tunnel. It stays, with all its streams, on one worker.
@@ -51,10 +60,11 @@ pub(crate) fn accepted(pod: &Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
             }
         };
         match Box::pin(handshake(&owner, stream)).await {
-            Ok((workload, connection)) => {
+            Ok(Shaken { workload, connection, tracked }) => {
                 let identity = peer_identity(connection.peer_certificates());
-                let tunnel = Arc::new(Tunnel { pod: owner, workload, peer, local, identity });
-                Box::pin(streams(&tunnel, connection, draining)).await;
+                let revoked = AtomicBool::new(false);
+                let tunnel = Tunnel { pod: owner, workload, peer, local, identity, revoked };
+                Box::pin(streams(&Arc::new(tunnel), (connection, tracked), draining)).await;
             }
             Err(failure) => owner.refuse(&Refused {
                 reporter: Reporter::Destination,
@@ -67,20 +77,34 @@ pub(crate) fn accepted(pod: &Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
     });
 }
 
-async fn handshake(
-    pod: &Pod,
-    stream: TcpStream,
-) -> Result<(Arc<Workload>, server::Connection), Failure> {
+/// A tunnel whose peer is known.
+struct Shaken {
+    workload: Arc<Workload>,
+    connection: server::Connection,
+    tracked: Tracked,
+}
+
+async fn handshake(pod: &Pod, stream: TcpStream) -> Result<Shaken, Failure> {
     let workload = pod.workload().await?;
     let certificate = pod.certificate(&workload).await?;
     let tls = certificate.server_config();
     let settings = &pod.shared.config.hbone;
-    let connection = Box::pin(server::handshake(stream, tls, settings)).await?;
-    Ok((workload, connection))
+    let metrics = &pod.shared.telemetry.metrics;
+    let connection = Box::pin(server::handshake(stream, tls, settings))
+        .await
+        .map_err(|failure| handshake::inbound_failed(metrics, failure))?;
+    handshake::done(metrics, Reporter::Destination);
+    let chain = connection.peer_certificates();
+    let tracked = pod.shared.certificates.track(&certificate, chain, Peer::Client);
+    Ok(Shaken { workload, connection, tracked })
 }
 
 /// Serves the streams of a tunnel until it ends.
-async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, draining: Draining) {
+async fn streams(
+    tunnel: &Arc<Tunnel>,
+    (mut connection, mut tracked): (server::Connection, Tracked),
+    draining: Draining,
+) {
     let mut stopping = false;
     loop {
         tokio::select! {
@@ -96,6 +120,12 @@ async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, drain
                 }
                 None => return,
             },
+            () = tracked.revoked(), if !tunnel.is_revoked() => {
+                tracing::warn!(peer = %tunnel.peer, "tunnel closed: a certificate of the peer's chain is revoked");
+                // Said before its streams fail, so that they can say why.
+                tunnel.revoked.store(true, Ordering::Release);
+                connection.shutdown_now();
+            }
             () = draining.stopping(), if !stopping => {
                 stopping = true;
                 connection.shutdown_gracefully();
@@ -105,6 +135,10 @@ async fn streams(tunnel: &Arc<Tunnel>, mut connection: server::Connection, drain
 }
 
 impl Tunnel {
+    fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
+    }
+
     async fn serve(&self, incoming: Box<Incoming>) {
         // Boxed, as are the parts of what is ready: a connection that is relayed need not hold on to how it was
         // set up, and what the task of a held connection takes is what a node with many of them takes.
@@ -117,6 +151,9 @@ impl Tunnel {
             },
             Err(failure) => Err(failure),
         };
+        if outcome.is_err() && self.is_revoked() {
+            return connection.finish(Err(Failure::downstream(Reason::Revoked, Revoked)));
+        }
         connection.finish(outcome);
     }
 

@@ -1,7 +1,7 @@
 //! The families of the node proxy, and the handles of the connections that use them now.
 
-use crate::telemetry::{Counters, Ends, Reporter, Source};
-use mesh_core::{Service, SpiffeId, Workload};
+use crate::telemetry::{Counters, Ends, Reporter, Source, name_labels};
+use mesh_core::{Hostname, Service, SpiffeId, Workload};
 use mesh_runtime::metrics::{Counter, Family, Gauge, Labels, Registry};
 use std::{
     collections::HashMap,
@@ -24,6 +24,8 @@ pub(crate) struct Metrics {
     sockets_destination: Gauge,
     refused: Family<Counter>,
     policy_denials: Family<Counter>,
+    handshakes: Family<Counter>,
+    on_demand_dns: Family<Counter>,
     /// Proxies of pods: running, waiting for another try, started and stopped so far.
     pub(crate) pods: Pods,
     known: Mutex<HashMap<Pair, Known>>,
@@ -91,6 +93,14 @@ impl Metrics {
             policy_denials: counter(
                 "istio_policy_unavailable_denials",
                 "Connections denied because a policy that applies has not arrived or was rejected.",
+            ),
+            handshakes: counter(
+                "istio_tls_handshakes",
+                "TLS handshakes of tunnels, by how they ended (ours).",
+            ),
+            on_demand_dns: counter(
+                "istio_on_demand_dns",
+                "Connections to a workload that is known by its name alone.",
             ),
             pods: Pods {
                 active: gauge("workload_manager_active_proxy_count", "Pods served now.").single(),
@@ -180,9 +190,20 @@ impl Metrics {
         self.refused.with(&labels).increment(1);
     }
 
+    /// Counts a TLS handshake of a tunnel that ended like this.
+    pub(crate) fn handshake(&self, reporter: Reporter, result: &'static str) {
+        let labels = Labels::new([("reporter", reporter.as_str()), ("result", result)]);
+        self.handshakes.with(&labels).increment(1);
+    }
+
     /// Counts a connection that was denied for want of a policy.
     pub(crate) fn policy_unavailable(&self, policy: &str, reason: &'static str) {
         let labels = Labels::new([("policy", policy), ("reason", reason)]);
         self.policy_denials.with(&labels).increment(1);
+    }
+
+    /// Counts a connection from this workload for which a name had to be resolved.
+    pub(crate) fn on_demand_dns(&self, source: &Workload, host: &Hostname) {
+        self.on_demand_dns.with(&name_labels(source, host)).increment(1);
     }
 }

@@ -1,17 +1,20 @@
 //! The pods that this node proxy serves: how they come and go, and what each one owns.
 
 pub mod manager;
+pub(crate) mod own;
 pub mod protocol;
 pub mod reconcile;
 
 use crate::{
     connections::Connections,
+    demand::Demand,
     inbound,
     names::Names,
     outbound::{self, PlanConfig},
     telemetry::{Reporter, Telemetry},
 };
 use mesh_core::{Failure, NetworkId, PeerAddr, Reason, Workload};
+use mesh_dns::Resolver;
 use mesh_hbone::{Pool, Settings};
 use mesh_identity::{Certificates, WorkloadCertificate};
 use mesh_platform::{
@@ -19,7 +22,7 @@ use mesh_platform::{
     redirect::{self, CaptureError, Door, Redirect},
 };
 use mesh_runtime::{
-    net::{Listener, accept_loop},
+    net::{Listener, accept_until},
     tasks::{Draining, Tasks},
     threads::Workers,
 };
@@ -31,6 +34,7 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::watch, time::timeout};
+use tokio_util::sync::CancellationToken;
 use tracing::Level;
 
 /// How long a connection waits for the control plane to say who its pod is.
@@ -53,6 +57,8 @@ pub struct DataPath {
     pub policy_log: Level,
     /// How long the open connections of a pod that has left the mesh go on.
     pub farewell: Duration,
+    /// How long a process that is told to stop goes on accepting for one that takes over.
+    pub patience: Duration,
 }
 
 /// What all pods share.
@@ -64,7 +70,10 @@ pub(crate) struct Shared {
     pub(crate) redirect: Arc<dyn Redirect>,
     pub(crate) workers: Workers,
     pub(crate) names: Names,
+    pub(crate) demand: Demand,
     pub(crate) telemetry: Telemetry,
+    /// Answers names, if that is wanted.
+    pub(crate) dns: Option<Arc<Resolver>>,
 }
 
 /// A pod that is served. What belongs to it ends with it: its listeners, tunnels and connections.
@@ -116,18 +125,26 @@ impl Pod {
         tasks: &Tasks,
     ) -> Result<(redirect::Pod, Connections), CaptureError> {
         let sockets = shared.redirect.enrol(uid, netns)?;
-        let pool = Pool::new(shared.config.hbone.clone(), tasks.child());
-        let pod = Arc::new(Self {
+        let pod = Self::assemble(shared, sockets.clone(), info, tasks);
+        pod.listen();
+        Ok((sockets, pod.connections.clone()))
+    }
+
+    fn assemble(
+        shared: &Shared,
+        sockets: redirect::Pod,
+        info: PodInfo,
+        tasks: &Tasks,
+    ) -> Arc<Self> {
+        Arc::new(Self {
             enrolment: shared.state.enrol(info.clone()),
             shared: shared.clone(),
             info,
-            sockets: sockets.clone(),
-            pool,
+            sockets,
+            pool: Pool::new(shared.config.hbone.clone(), tasks.child()),
             connections: Connections::default(),
             tasks: tasks.child(),
-        });
-        pod.listen();
-        Ok((sockets, pod.connections.clone()))
+        })
     }
 
     fn listen(self: &Arc<Self>) {
@@ -142,9 +159,26 @@ impl Pod {
         });
         let pod = Arc::clone(self);
         self.tasks.spawn_on(worker, |draining| async move { pod.warm(draining).await });
-        self.accept(Door::Outbound, listeners.outbound, outbound::accepted);
-        self.accept(Door::Inbound, listeners.inbound, inbound::plaintext::accepted);
-        self.accept(Door::Hbone, listeners.hbone, inbound::accepted);
+        // What is queued at a listener is lost when it is closed: the drain closes them once a successor has
+        // taken the pod over, and nobody is queued any more.
+        let closing = CancellationToken::new();
+        let (yielded, close) =
+            (self.sockets.yielded(self.shared.config.patience), closing.clone().drop_guard());
+        self.tasks.spawn_on(worker, |draining| async move {
+            draining.stopping().await;
+            yielded.await;
+            drop(close);
+        });
+        if let (Some(resolver), Some(dns)) = (&self.shared.dns, self.sockets.take_dns()) {
+            crate::dns::serve(self, resolver, dns, &closing);
+        }
+        self.accept_until(Door::Outbound, (listeners.outbound, &closing), outbound::accepted);
+        self.accept_until(
+            Door::Inbound,
+            (listeners.inbound, &closing),
+            inbound::plaintext::accepted,
+        );
+        self.accept_until(Door::Hbone, (listeners.hbone, &closing), inbound::accepted);
     }
 
     /// Has the certificate ready before the first connection wants it.
@@ -162,20 +196,37 @@ impl Pod {
         }
     }
 
+    /// Accepts until the drain begins.
     fn accept(
         self: &Arc<Self>,
         door: Door,
         listener: TcpListener,
         serve: fn(&Arc<Self>, std::net::TcpStream, SocketAddr),
     ) {
+        let closing = CancellationToken::new();
+        let close = closing.clone().drop_guard();
+        self.tasks.spawn_on(self.shared.workers.next(), |draining| async move {
+            draining.stopping().await;
+            drop(close);
+        });
+        self.accept_until(door, (listener, &closing), serve);
+    }
+
+    fn accept_until(
+        self: &Arc<Self>,
+        door: Door,
+        (listener, closing): (TcpListener, &CancellationToken),
+        serve: fn(&Arc<Self>, std::net::TcpStream, SocketAddr),
+    ) {
         let pod = Arc::clone(self);
         let worker = self.shared.workers.next();
-        self.tasks.spawn_on(worker, move |draining: Draining| async move {
+        let closing = closing.clone();
+        self.tasks.spawn_on(worker, move |_| async move {
             let taken = |stream: std::net::TcpStream, peer: SocketAddr| {
                 serve(&pod, stream, PeerAddr::from(peer).into());
             };
             let accepted = match Listener::from_socket(listener) {
-                Ok(listener) => accept_loop(listener, draining, taken).await,
+                Ok(listener) => accept_until(listener, || closing.cancelled(), taken).await,
                 Err(error) => Err(error),
             };
             if let Err(error) = accepted {

@@ -9,6 +9,7 @@ use mesh_xds::{
     Handler, Rejected, Update,
     file::{self, Source},
 };
+use serde_json::{Value, json};
 use std::{
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -26,7 +27,7 @@ impl Sources {
     /// Nothing is known yet. What becomes known is dumped.
     pub(crate) fn new(writer: Writer, dump: &Dump) -> Self {
         let state = writer.handle();
-        let section = |name, of: fn(&mesh_state::Handle) -> serde_json::Value| {
+        let section = |name, of: fn(&mesh_state::Handle) -> Value| {
             let state = state.clone();
             dump.register(name, move || of(&state));
         };
@@ -35,6 +36,23 @@ impl Sources {
         section("policies", mesh_state::dump::policies);
         section("stagedServices", mesh_state::dump::staged_services);
         Self(Mutex::new(writer))
+    }
+
+    /// Shows what a local file or text holds, under Istio's name for it. Nothing else fills the state then, so that
+    /// the state is what it holds.
+    pub(crate) fn show_static(&self, dump: &Dump, is_local: bool) {
+        let state = lock(&self.0).handle();
+        dump.register("staticConfig", move || {
+            use mesh_state::dump;
+            let of = |list: fn(&mesh_state::Handle) -> Value| {
+                if is_local { list(&state) } else { Value::Array(Vec::new()) }
+            };
+            json!({
+                "policies": of(dump::policies),
+                "services": of(dump::services),
+                "workloads": of(dump::workloads),
+            })
+        });
     }
 }
 

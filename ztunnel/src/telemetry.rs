@@ -6,7 +6,7 @@
 mod labels;
 mod line;
 
-pub(crate) use labels::{Counters, Ends, Reporter, Source};
+pub(crate) use labels::{Counters, Ends, Reporter, Source, name_labels};
 pub(crate) use line::explain;
 
 use crate::metrics::Metrics;

@@ -5,7 +5,7 @@
 //! uses it.
 
 use crate::{
-    Settings, Stream,
+    HandshakeError, Settings, Stream,
     engine::{self, Raw, Requests, keep_alive},
     request::{Refused, ResponseHead, TunnelRequest},
     stream::Counted,
@@ -23,7 +23,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 use tokio::time::Instant;
@@ -52,11 +52,65 @@ pub struct Opened {
     pub head: ResponseHead,
     /// Who the far end is: its certificates.
     pub certificates: Arc<[CertificateDer<'static>]>,
+    /// Whether the tunnel was ended by whoever watched it.
+    pub ended: Ended,
 }
 
 /// A connection that is being made, and what to secure it with.
-pub type Dialing<'a> =
-    Pin<Box<dyn Future<Output = Result<(TcpStream, Arc<ClientConfig>), Failure>> + Send + 'a>>;
+pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<Dialed, Failure>> + Send + 'a>>;
+
+/// A connection that was made.
+pub struct Dialed {
+    stream: TcpStream,
+    tls: Arc<ClientConfig>,
+    shaken: Shaken,
+}
+
+/// Told how the handshake went: who the peer is, or why there is no tunnel. It says what that is as a failure, or
+/// what the tunnel ends with: as soon as that completes, the tunnel is dropped with all its streams.
+pub type Shaken = Box<
+    dyn FnOnce(Result<&[CertificateDer<'static>], HandshakeError>) -> Result<Ending, Failure>
+        + Send,
+>;
+
+/// Completes when a tunnel must not live any longer.
+pub type Ending = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Whether a tunnel was ended by its [`Ending`], and by nothing else. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Ended(Arc<AtomicBool>);
+
+impl Ended {
+    /// Whether it was.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl Dialed {
+    /// To be secured with this, and watched by nobody.
+    #[must_use]
+    pub fn new(stream: TcpStream, tls: Arc<ClientConfig>) -> Self {
+        let shaken: Shaken = Box::new(|outcome| match outcome {
+            Ok(_) => Ok(Box::pin(std::future::pending()) as Ending),
+            Err(error) => Err(error.upstream()),
+        });
+        Self { stream, tls, shaken }
+    }
+
+    /// The same, watched.
+    #[must_use]
+    pub fn watched(self, shaken: Shaken) -> Self {
+        Self { shaken, ..self }
+    }
+}
+
+impl fmt::Debug for Dialed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialed").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
 
 /// The tunnels of one pod. Dropping it closes them.
 pub struct Pool {
@@ -105,6 +159,7 @@ struct Tunnel {
     streams: Arc<AtomicUsize>,
     used: Arc<Mutex<Instant>>,
     certificates: Arc<[CertificateDer<'static>]>,
+    ended: Ended,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -303,7 +358,7 @@ impl Pool {
         };
         let stream = Stream::new(Raw::new(send, recv), Some(count));
         let certificates = Arc::clone(&tunnel.certificates);
-        Ok(Ok(Opened { stream, head, certificates }))
+        Ok(Ok(Opened { stream, head, certificates, ended: tunnel.ended.clone() }))
     }
 
     async fn make(
@@ -312,10 +367,19 @@ impl Pool {
         slot: &Arc<Slot>,
         dialing: Dialing<'_>,
     ) -> Result<(Tunnel, Counted), Failure> {
-        let (stream, tls) = dialing.await?;
+        let Dialed { stream, tls, shaken } = dialing.await?;
         let io = tokio::net::TcpStream::from_std(stream)
             .map_err(|error| Failure::upstream(Reason::Connect, error))?;
-        let io = TlsStream::connect(io, tls).await.map_err(crate::HandshakeError::upstream)?;
+        let (io, ending) = match TlsStream::connect(io, tls).await {
+            Ok(io) => {
+                let ending = shaken(Ok(io.peer_certificates()))?;
+                (io, ending)
+            }
+            // A failure all the same, should whoever watches find nothing wrong with it.
+            Err(error) => {
+                return Err(shaken(Err(error)).err().unwrap_or(Failure::local(Reason::Tls)));
+            }
+        };
         let certificates: Arc<[_]> = io.peer_certificates().into();
         let (requests, connection) = Box::pin(engine::connect(io, &self.settings))
             .await
@@ -325,6 +389,7 @@ impl Pool {
             streams: Arc::default(),
             used: Arc::new(Mutex::new(Instant::now())),
             certificates,
+            ended: Ended::default(),
         };
         // Counted before others see it.
         let count = Counted::new(&tunnel.streams);
@@ -336,8 +401,9 @@ impl Pool {
             streams: Arc::clone(&tunnel.streams),
             used: Arc::clone(&tunnel.used),
             settings: Arc::clone(&self.settings),
+            ended: tunnel.ended.clone(),
         };
-        self.tasks.spawn(move |draining| watched.drive(connection, draining));
+        self.tasks.spawn(move |draining| watched.drive(connection, ending, draining));
         Ok((tunnel, count))
     }
 }
@@ -361,11 +427,17 @@ struct Watched {
     streams: Arc<AtomicUsize>,
     used: Arc<Mutex<Instant>>,
     settings: Arc<Settings>,
+    ended: Ended,
 }
 
 impl Watched {
-    /// Moves the tunnel until it ends, is idle for too long, or does not answer any more.
-    async fn drive(self, mut connection: engine::ClientConnection, draining: Draining) {
+    /// Moves the tunnel until it ends, must end, is idle for too long, or does not answer any more.
+    async fn drive(
+        self,
+        mut connection: engine::ClientConnection,
+        mut ending: Ending,
+        draining: Draining,
+    ) {
         let pings = connection.ping_pong();
         let alive = keep_alive(pings, self.settings.ping_interval, self.settings.ping_timeout);
         {
@@ -382,6 +454,11 @@ impl Watched {
                     }
                     dead = &mut alive => {
                         tracing::debug!(to = %self.key.to, error = %dead, "the tunnel is given up");
+                        break;
+                    }
+                    () = &mut ending => {
+                        // Said before its streams fail, so that they can say why.
+                        self.ended.0.store(true, Ordering::Release);
                         break;
                     }
                     // Without a holder of requests it ends with its last stream.

@@ -1,7 +1,8 @@
 //! What the tests of this crate share: certificates, a peer that accepts tunnels, a path through both.
 
 use crate::{
-    Authority, Dialing, Opened, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest, relay,
+    Authority, Dialed, Dialing, Opened, Pool, PoolKey, ResponseHead, Settings, Tcp, TunnelRequest,
+    relay,
     server::{self, Incoming},
 };
 use mesh_core::Failure;
@@ -112,7 +113,7 @@ pub(crate) fn dial(to: SocketAddr) -> Dialing<'static> {
     Box::pin(async move {
         let stream = TcpStream::connect(to).await.unwrap();
         stream.set_nodelay(true).unwrap();
-        Ok((stream.into_std().unwrap(), Arc::clone(&configs().client)))
+        Ok(Dialed::new(stream.into_std().unwrap(), Arc::clone(&configs().client)))
     })
 }
 

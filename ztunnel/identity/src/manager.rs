@@ -3,12 +3,14 @@
 use crate::{
     ca::{CertificateAuthority, IssueError},
     certificate::WorkloadCertificate,
+    crl::{Peer, Tracked},
     csr::Csr,
     dump,
     schedule::{Landing, Priority, Schedule, Start},
     tls::Context,
 };
 use mesh_core::SpiffeId;
+use rustls_pki_types::CertificateDer;
 use std::{
     collections::HashMap,
     error::Error,
@@ -169,6 +171,18 @@ impl Certificates {
             // After a stop, nobody is going to ask.
             let _stopped = self.0.want(&identity, Priority::Warmup);
         }
+    }
+
+    /// Follows a peer whose chain was verified with this certificate just now, for as long as the tunnel with it
+    /// lives.
+    #[must_use]
+    pub fn track(
+        &self,
+        certificate: &WorkloadCertificate,
+        peer: &[CertificateDer<'_>],
+        side: Peer,
+    ) -> Tracked {
+        certificate.track(peer, side, self.0.context.now())
     }
 
     /// Drops the certificate of an identity that no local workload has any more. Tunnels that use it live on.

@@ -1,8 +1,10 @@
 //! What this machine lacks, said before anything fails for want of it.
 
 use crate::netns::Netns;
+use nix::sys::utsname::uname;
 use socket2::{Domain, Socket, Type};
 use std::{
+    ffi::OsStr,
     fmt, io,
     os::fd::{AsFd, FromRawFd, OwnedFd},
     path::Path,
@@ -47,8 +49,13 @@ pub fn lacking(ebpf: bool) -> Vec<Lack> {
     );
     if ebpf {
         lack(
+            "the kernel is too old for capture by eBPF",
+            "use 5.15 or newer, or CAPTURE=external",
+            uname().map_err(io::Error::from).and_then(|name| release(name.release())),
+        );
+        lack(
             "eBPF programs cannot be loaded",
-            "run as root with CAP_SYS_ADMIN (or CAP_BPF) on a kernel of 5.9 or newer with CONFIG_BPF_SYSCALL",
+            "run as root with CAP_SYS_ADMIN (or CAP_BPF) on a kernel with CONFIG_BPF_SYSCALL",
             bpf(),
         );
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
@@ -60,6 +67,18 @@ pub fn lacking(ebpf: bool) -> Vec<Lack> {
         }
     }
     found
+}
+
+/// `sk_lookup` is of 5.9, setting a mark from an iterator over sockets of 5.15.
+fn release(release: &OsStr) -> io::Result<()> {
+    let text = release.to_string_lossy();
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    // What cannot be read is left to the attempts that follow.
+    if ((1, 0)..(5, 15)).contains(&version) {
+        return Err(io::Error::other(format!("this is {text}")));
+    }
+    Ok(())
 }
 
 fn enter_own() -> io::Result<()> {
@@ -88,4 +107,25 @@ fn bpf() -> io::Result<()> {
     // SAFETY: the kernel has just made it for us, and nobody else knows it.
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_by_their_release() {
+        for (text, is_enough) in [
+            ("6.18.44", true),
+            ("5.15.0-91-generic", true),
+            ("10.0", true),
+            ("5.14.21", false),
+            ("5.4.0", false),
+            ("2.6.78+", false),
+            ("", true),
+            ("strange", true),
+        ] {
+            assert_eq!(release(OsStr::new(text)).is_ok(), is_enough, "{text}");
+        }
+    }
 }

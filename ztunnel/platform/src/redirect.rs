@@ -1,8 +1,10 @@
 //! Capture as one trait: take a pod's connections, open its sockets, say where a connection meant to go.
 
+mod dns;
 mod ebpf;
 mod external;
 
+pub use dns::{Asker, Dns, DnsAddress, Queries, Served};
 pub use ebpf::{Ebpf, Settings as EbpfSettings};
 pub use external::{External, OriginalSource, Settings as ExternalSettings};
 
@@ -27,7 +29,21 @@ pub trait Redirect: Send + Sync + fmt::Debug {
     /// # Errors
     ///
     /// See [`CaptureError`]. Nothing is captured then, unless it was before.
-    fn enrol(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError>;
+    fn enrol(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError> {
+        self.enrol_with(uid, netns, None)
+    }
+
+    /// The same, on listeners that another process has opened in the namespace and passed on; none are opened.
+    ///
+    /// # Errors
+    ///
+    /// As [`enrol`](Self::enrol).
+    fn enrol_with(
+        &self,
+        uid: &str,
+        netns: &Netns,
+        inherited: Option<Listeners>,
+    ) -> Result<Pod, CaptureError>;
 
     /// Withdraws the capture of a pod (ZDS's Del). Its open connections go on through the proxy as long as
     /// the proxy holds them; new ones go past it. When none is left, call [`finish`](Self::finish).
@@ -37,13 +53,14 @@ pub trait Redirect: Send + Sync + fmt::Debug {
     /// Fails where the kernel refuses; calling it again is harmless.
     fn remove(&self, pod: &Pod) -> Result<(), CaptureError>;
 
-    /// Takes away what [`remove`](Self::remove) left for the open connections. Harmless where the pod was
-    /// enrolled again meanwhile.
+    /// Takes away what [`remove`](Self::remove) left for the open connections, and makes what it changed in the
+    /// namespace as it was found. Returns whether that is done: not while a node proxy, this one or another,
+    /// has a connection of the pod. Harmless where the pod was enrolled again meanwhile.
     ///
     /// # Errors
     ///
     /// Fails where the kernel refuses.
-    fn finish(&self, pod: &Pod) -> Result<(), CaptureError>;
+    fn finish(&self, pod: &Pod) -> Result<bool, CaptureError>;
 
     /// Forgets what earlier processes pinned for pods other than `keep`, and withdraws the capture of those
     /// whose namespace lives and can be found. For use after the snapshot.
@@ -74,6 +91,13 @@ pub trait Redirect: Send + Sync + fmt::Debug {
     ///
     /// Fails with the kernel's error where the connection cannot even begin.
     fn to_network(&self, pod: &Pod, to: SocketAddr) -> io::Result<Connecting>;
+
+    /// A UDP socket of the pod that is connected to a DNS server, and skips capture. Not blocking.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the kernel's error.
+    fn to_resolver(&self, pod: &Pod, to: SocketAddr) -> io::Result<std::net::UdpSocket>;
 
     /// Begins a connection to the pod's application, in the name of `client` if one is given.
     ///
@@ -137,6 +161,7 @@ struct Inner {
     uid: String,
     netns: Netns,
     listeners: Mutex<Option<Listeners>>,
+    dns: Mutex<Option<Dns>>,
     recipe: Recipe,
 }
 
@@ -157,8 +182,14 @@ impl Pod {
     }
 
     fn new(uid: &str, netns: Netns, listeners: Listeners, recipe: Recipe) -> Self {
-        let listeners = Mutex::new(Some(listeners));
-        Self(Arc::new(Inner { uid: uid.to_owned(), netns, listeners, recipe }))
+        let pod = Self::without_listeners(uid, netns, recipe);
+        *pod.0.listeners.lock().unwrap_or_else(PoisonError::into_inner) = Some(listeners);
+        pod
+    }
+
+    fn without_listeners(uid: &str, netns: Netns, recipe: Recipe) -> Self {
+        let (listeners, dns) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Inner { uid: uid.to_owned(), netns, listeners, dns, recipe }))
     }
 
     /// Its Kubernetes uid.
@@ -179,6 +210,17 @@ impl Pod {
         self.0.listeners.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    fn with_dns(self, dns: Option<Dns>) -> Self {
+        *self.0.dns.lock().unwrap_or_else(PoisonError::into_inner) = dns;
+        self
+    }
+
+    /// The sockets of its DNS proxy, once, where there is one. Close them with the listeners.
+    #[must_use]
+    pub fn take_dns(&self) -> Option<Dns> {
+        self.0.dns.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Follows the pod's addresses and devices as they come and go. To be spawned as one of the pod's tasks,
     /// once: without it, connections to an address that came later are refused, and a new device is a way
     /// round the proxy for sockets bound to it. Ends at once where there is nothing to follow; else never.
@@ -194,6 +236,37 @@ impl Pod {
         async move {
             if let Some(follower) = follower {
                 follower.run().await;
+            }
+        }
+    }
+}
+
+impl Pod {
+    /// Whether its namespace has no device but loopback any more: the pod itself is gone.
+    #[must_use]
+    pub fn is_deserted(&self) -> bool {
+        let names = self.0.netns.run(nix::net::if_::if_nameindex);
+        // What cannot be told is not so.
+        names.is_ok_and(|names| {
+            names.is_ok_and(|names| names.iter().all(|device| device.name().to_bytes() == b"lo"))
+        })
+    }
+
+    /// Ends when the listeners may be closed without a loss: the process that follows has taken the pod over,
+    /// and nobody waits for ours any more. Gives it `patience` to come. Where no process can take over, ends at
+    /// once. To be waited for when a drain begins, while accepting goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time, and be asked for again.
+    pub fn yielded(&self, patience: Duration) -> impl Future<Output = ()> + Send + use<> {
+        let captured = match &self.0.recipe {
+            Recipe::Plain | Recipe::External(_) => None,
+            Recipe::Ebpf(captured) => Some(captured.yielded(patience)),
+        };
+        async move {
+            if let Some(yielded) = captured {
+                yielded.await;
             }
         }
     }

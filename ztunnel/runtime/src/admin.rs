@@ -75,15 +75,35 @@ const INDEX: &str = "<!DOCTYPE html>
 <li><a href=\"config_dump\">/config_dump</a>: what it knows and what it does</li>
 <li>/logging (POST): log levels; <code>?level=info,xds=debug</code>, <code>?reset</code></li>
 <li>/quitquitquit (POST): stop, gracefully</li>
+<li>/debug/pprof/profile, /debug/pprof/heap: not in this build, and say what to use instead</li>
 </ul>
 </body></html>
 ";
+
+/// Upstream profiles itself. A profiler inside would unwind stacks in signal handlers of a process that everybody's
+/// traffic passes, and weigh more than this whole server; the node has better ones.
+const NOT_HERE: [(&str, &str); 3] = [
+    ("/debug/pprof/profile", PROFILE),
+    ("/debug/pprof/heap", HEAP),
+    ("/debug/pprof/heap/profiling", HEAP),
+];
+const PROFILE: &str = "this build does not profile itself; on the node, run: \
+    perf record --call-graph fp --pid <pid of ztunnel> -- sleep 10 (frame pointers are kept)\n";
+const HEAP: &str = "this build has no heap profiler; what it takes is in \
+    /proc/<pid of ztunnel>/smaps_rollup on the node\n";
 
 /// The routes of the admin port.
 #[must_use]
 pub fn server(dump: &Dump, log: &LogHandle, quit: &Trigger) -> Server {
     let (dump, log, quit) = (dump.clone(), log.clone(), quit.clone());
-    Server::new()
+    let not_here = |server: Server, (path, instead): (&'static str, &'static str)| {
+        server.route(path, Methods::Any, move |_| async move {
+            Response::text(StatusCode::NOT_IMPLEMENTED, instead)
+        })
+    };
+    NOT_HERE
+        .into_iter()
+        .fold(Server::new(), not_here)
         .route("/", Methods::Only(Method::GET), |_| async {
             Response::ok("text/html; charset=utf-8", INDEX)
         })

@@ -71,6 +71,18 @@ impl Listener {
 pub async fn accept_loop(
     listener: Listener,
     draining: Draining,
+    take: impl FnMut(TcpStream, SocketAddr),
+) -> io::Result<()> {
+    accept_until(listener, || draining.stopping(), take).await
+}
+
+/// The same, until what `stop` gives is over; it is asked for more than once.
+///
+/// # Errors
+/// As [`accept_loop`].
+pub async fn accept_until<F: Future<Output = ()>>(
+    listener: Listener,
+    stop: impl Fn() -> F,
     mut take: impl FnMut(TcpStream, SocketAddr),
 ) -> io::Result<()> {
     let Listener { socket, exhausted } = listener;
@@ -81,7 +93,7 @@ pub async fn accept_loop(
     loop {
         tokio::select! {
             biased;
-            () = draining.stopping() => return Ok(()),
+            () = stop() => return Ok(()),
             ready = socket.readable() => ready?,
         }
         match socket.try_io(Interest::READABLE, || accept_batch(&socket, &mut take)) {
@@ -97,7 +109,7 @@ pub async fn accept_loop(
                     tracing::warn!(?delay, %error, "cannot accept connections: pausing");
                     tokio::select! {
                         () = tokio::time::sleep(delay) => {}
-                        () = draining.stopping() => return Ok(()),
+                        () = stop() => return Ok(()),
                     }
                 }
                 Trouble::Listener => return Err(error),

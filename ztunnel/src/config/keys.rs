@@ -32,8 +32,18 @@ keys! {
     CLUSTER_ID = "CLUSTER_ID", "name", "Kubernetes",
         "The cluster. `ISTIO_META_CLUSTER_ID` is stronger.";
     ISTIO_META_CLUSTER_ID = "ISTIO_META_CLUSTER_ID", "name", "", "The cluster.";
+    DNS_CAPTURE = "ISTIO_META_DNS_CAPTURE", "true, else", "true",
+        "Whether the pods' DNS is answered here. In Istio `DNS_CAPTURE` of the proxy metadata.";
+    DNS_PROXY_ADDR = "ISTIO_META_DNS_PROXY_ADDR", "localhost:port, address", "localhost:15053",
+        "Where, in each pod. In Istio `DNS_PROXY_ADDR` of the proxy metadata. With `CAPTURE=ebpf` nothing can be reached there: port 53 is led to it.";
+    CLUSTER_DOMAIN = "CLUSTER_DOMAIN", "domain", "cluster.local",
+        "The domain of the cluster, which the names of services end in.";
     XDS_ADDRESS = "XDS_ADDRESS", "URI", "https://localhost:15012",
         "The control plane; empty turns it off. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
+    XDS_ON_DEMAND = "XDS_ON_DEMAND", "bool", "false",
+        "Whether workloads and services are asked for when a connection needs them, instead of all being sent.";
+    PREFERED_SERVICE_NAMESPACE = "PREFERED_SERVICE_NAMESPACE", "name", "",
+        "(sic) Whose service a hostname means, where neither the client's namespace nor a canonical service has it.";
     CA_ADDRESS = "CA_ADDRESS", "URI", "https://localhost:15012",
         "Who signs certificates; empty is nobody. Not together with `LOCAL_CA_DIR`. In Kubernetes the default is `https://istiod.istio-system.svc:15012`.";
     XDS_ROOT_CA = "XDS_ROOT_CA", "path, PEM, SYSTEM", "./var/run/secrets/istio/root-cert.pem",
@@ -46,11 +56,19 @@ keys! {
     AUTH_TOKEN = "AUTH_TOKEN", "path or token", "./var/run/secrets/tokens/istio-token",
         "The bearer token for both; a file is read anew for each call.";
     INSTANCE_IP = "INSTANCE_IP", "address", "1.1.1.1", "Our address, for the node id.";
-    POD_NAME = "POD_NAME", "name", "", "Our pod, for the node id.";
+    POD_NAME = "POD_NAME", "name", "",
+        "Our pod, for the node id. With the next two, tunnels are taken to ourselves on port 15008, in shared mode.";
     POD_NAMESPACE = "POD_NAMESPACE", "name", "", "Our pod's namespace, for the node id.";
+    SERVICE_ACCOUNT = "SERVICE_ACCOUNT", "name", "", "Our pod's service account.";
     KUBERNETES_SERVICE_HOST = "KUBERNETES_SERVICE_HOST", "host", "",
         "Set by Kubernetes; chooses the default addresses.";
     SECRET_TTL = "SECRET_TTL", "duration", "24h", "The validity to ask for in certificates.";
+    CRL_PATH = "CRL_PATH", "path", "",
+        "Certificate revocation lists (PEM, or one in DER), read again when they change. Unset or empty is none.";
+    COMPLIANCE_POLICY = "COMPLIANCE_POLICY", "text", "",
+        "`pqc`: X25519MLKEM768 is the only key exchange. Other values have no effect.";
+    TLS12_ENABLED = "TLS12_ENABLED", "bool", "false",
+        "`true`: TLS 1.2 is allowed beside 1.3, in tunnels and to the control plane. Not with `pqc`.";
     INPOD_UDS = "INPOD_UDS", "path", "/var/run/ztunnel/ztunnel.sock", "The socket of the CNI agent.";
     INPOD_PORT_REUSE = "INPOD_PORT_REUSE", "bool", "true",
         "Whether the listeners in pods share their ports, as upgrades need.";

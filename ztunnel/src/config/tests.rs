@@ -37,6 +37,48 @@ fn in_kubernetes_istiod_is_asked_unless_told_otherwise() {
 }
 
 #[test]
+fn we_are_a_workload_if_all_is_known() {
+    let all =
+        [("POD_NAME", "z"), ("POD_NAMESPACE", "istio-system"), ("SERVICE_ACCOUNT", "ztunnel")];
+    let own = settings(&all).unwrap().own.unwrap();
+    assert_eq!(own.to_string(), "istio-system/z/ztunnel");
+    for missing in 0..3 {
+        let some: Vec<_> = all.into_iter().enumerate().filter(|(n, _)| *n != missing).collect();
+        let some: Vec<_> = some.into_iter().map(|(_, pair)| pair).collect();
+        assert_eq!(settings(&some).unwrap().own, None);
+    }
+    let dedicated = [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "a/b/c")];
+    assert_eq!(settings(&[&all[..], &dedicated].concat()).unwrap().own, None);
+}
+
+#[test]
+fn what_tls_may_speak() {
+    let tls = |pairs: &[_]| settings(pairs).unwrap().tls;
+    assert_eq!(tls(&[]), Tls::default());
+    let pqc = tls(&[("COMPLIANCE_POLICY", "pqc"), ("CRL_PATH", "/crl.pem")]);
+    assert!(pqc.options.post_quantum && !pqc.options.tls12);
+    assert_eq!(pqc.revocations, Some("/crl.pem".into()));
+    // Exactly these words, as Istio has it.
+    for other in ["PQC", "fips-140-2", ""] {
+        assert!(!tls(&[("COMPLIANCE_POLICY", other)]).options.post_quantum, "{other}");
+    }
+    assert!(tls(&[("TLS12_ENABLED", "true")]).options.tls12);
+    let off = tls(&[("TLS12_ENABLED", "1"), ("CRL_PATH", "")]);
+    assert!(!off.options.tls12 && off.revocations.is_none());
+}
+
+#[test]
+fn on_demand_is_for_the_control_plane() {
+    let on = ("XDS_ON_DEMAND", "true");
+    assert!(settings(&[on]).unwrap().data_path.plan.on_demand);
+    assert!(!settings(&[on, ("LOCAL_XDS_PATH", "/x")]).unwrap().data_path.plan.on_demand);
+    let liked = settings(&[("PREFERED_SERVICE_NAMESPACE", "shop")]).unwrap();
+    assert_eq!(liked.node.preferred, Some("shop".parse().unwrap()));
+    assert!(settings(&[("PREFERED_SERVICE_NAMESPACE", "no/name")]).is_err());
+    assert!(!liked.data_path.plan.on_demand);
+}
+
+#[test]
 fn the_deadline_follows_the_grace_period() {
     for (grace, seconds) in [("30", 25), ("11", 6), ("10", 9), ("1", 1), ("0", 1)] {
         let config = settings(&[("TERMINATION_GRACE_PERIOD_SECONDS", grace)]).unwrap();

@@ -2,11 +2,15 @@
 
 use super::{
     Pod, Shared,
-    protocol::{self, MAX_PACKET},
+    protocol::{self, MAX_PACKET, Reaction},
     reconcile::{Reconcile, Step},
 };
 use crate::connections::Connections;
-use mesh_platform::{netns::Netns, redirect, uds::Seqpacket};
+use mesh_platform::{
+    netns::Netns,
+    redirect::{self, Redirect},
+    uds::Seqpacket,
+};
 use mesh_runtime::{
     backoff::Backoff,
     ready::Gate,
@@ -27,8 +31,12 @@ use tokio::time::{Instant, interval_at, sleep};
 const RETRY: Duration = Duration::from_secs(5);
 
 /// The pods that are served now, for the dump.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Served(Arc<Mutex<BTreeMap<String, Entry>>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Served {
+    entries: Arc<Mutex<BTreeMap<String, Entry>>>,
+    /// Who redirects their traffic.
+    by: &'static str,
+}
 
 #[derive(Debug)]
 enum Entry {
@@ -41,16 +49,23 @@ enum Entry {
 struct Up {
     info: PodInfo,
     sockets: redirect::Pod,
+    /// Whether its application sees its clients' addresses.
+    original_source: bool,
     connections: Connections,
     tasks: Tasks,
 }
 
 impl Served {
-    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// None yet. `by` is who redirects their traffic.
+    pub(crate) fn new(by: &'static str) -> Self {
+        Self { entries: Arc::default(), by }
     }
 
-    /// Istio's `workloadState`, with the reason where a pod is not served.
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Istio's `workloadState`, and beside it who captures each pod, and why one is not captured.
     pub(crate) fn dump(&self) -> Value {
         let info = |info: &PodInfo| {
             json!({
@@ -68,9 +83,15 @@ impl Served {
                         "state": "Up",
                         "info": info(&up.info),
                         "connections": up.connections.dump(),
+                        "capture": {
+                            "by": self.by,
+                            "state": "Captured",
+                            "originalSource": up.original_source,
+                        },
                     }),
                     Entry::Pending { info: who, why } => {
-                        json!({ "state": "Pending", "info": info(who), "reason": why })
+                        let capture = json!({ "by": self.by, "state": "Failed", "reason": why });
+                        json!({ "state": "Pending", "info": info(who), "capture": capture })
                     }
                 };
                 (uid.clone(), value)
@@ -141,11 +162,16 @@ impl Manager {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {
                     tracing::info!(agent = %agent.display(), "connected to the CNI agent");
-                    backoff.reset();
                     self.machine.connected();
                     self.waiting.clear();
+                    self.served.entries().retain(|_, entry| matches!(entry, Entry::Up(_)));
                     self.publish();
-                    self.session(connection, &draining).await
+                    let ended = self.session(connection, &draining).await;
+                    // Not by a connection alone: an agent that hangs up at once would be dialled at once.
+                    if self.machine.is_synced() {
+                        backoff.reset();
+                    }
+                    ended
                 }
                 Err(ended) => ended,
             };
@@ -233,15 +259,15 @@ impl Manager {
         let request = match protocol::parse(bytes, netns.is_some()) {
             Ok(request) => request,
             Err(invalid) => {
-                let what = if invalid.is_fatal() { "process" } else { "read" };
-                let text = format!("failure to {what} message : {invalid}");
                 tracing::error!(error = %invalid, "a packet of the CNI agent is refused");
-                connection.send(&protocol::ack(&text)).await.map_err(Ended::Lost)?;
-                return Err(if invalid.is_fatal() {
-                    Ended::Broken(ProtocolBroken(invalid.to_string()))
-                } else {
-                    Ended::Lost(io::Error::new(io::ErrorKind::InvalidData, invalid))
-                });
+                connection.send(&protocol::ack(&invalid.answer())).await.map_err(Ended::Lost)?;
+                return match invalid.reaction() {
+                    Reaction::GoOn => Ok(()),
+                    Reaction::Reconnect => {
+                        Err(Ended::Lost(io::Error::new(io::ErrorKind::InvalidData, invalid)))
+                    }
+                    Reaction::GiveUp => Err(Ended::Broken(ProtocolBroken(invalid.to_string()))),
+                };
             }
         };
         tracing::debug!(?request, "message of the CNI agent");
@@ -254,10 +280,19 @@ impl Manager {
         };
         let error = match self.machine.message(request, netns.as_ref().map(Netns::id)) {
             Step::Done => String::new(),
-            Step::Stop(uids) => {
-                for uid in uids {
+            Step::Stop(uid) => {
+                self.stop(&uid).await;
+                String::new()
+            }
+            Step::Release(uid) => {
+                self.release(&uid).await;
+                String::new()
+            }
+            Step::Settle { gone, named } => {
+                for uid in gone {
                     self.stop(&uid).await;
                 }
+                self.prune(named).await;
                 String::new()
             }
             Step::Start { uid, pod } => match netns {
@@ -289,7 +324,10 @@ impl Manager {
         // The kernel takes milliseconds: not on this thread.
         let start = move || {
             let started = Pod::start(&shared, &key, who.clone(), &place, &tasks);
-            started.map(|(sockets, connections)| Up { info: who, sockets, connections, tasks })
+            started.map(|(sockets, connections)| {
+                let original_source = shared.redirect.original_source(&sockets);
+                Up { info: who, sockets, original_source, connections, tasks }
+            })
         };
         let why = match tokio::task::spawn_blocking(start).await {
             Ok(Ok(up)) => {
@@ -324,13 +362,33 @@ impl Manager {
         let farewell = self.shared.config.farewell;
         if farewell.is_zero() {
             tasks.cancel();
-        } else {
-            let redirect = Arc::clone(&self.shared.redirect);
-            self.tasks.spawn(move |_| async move {
-                tasks.drain(farewell).await;
-                withdraw(&info, move || redirect.finish(&sockets)).await;
-            });
         }
+        let redirect = Arc::clone(&self.shared.redirect);
+        self.tasks.spawn(move |_| async move {
+            // Dropped, the drain ends what is left: nothing gets to or from a namespace without devices, and our
+            // sockets would keep it.
+            tokio::select! {
+                _ = tasks.drain(farewell) => {}
+                () = deserted(&sockets) => {}
+            }
+            finish(&info, &redirect, &sockets).await;
+        });
+    }
+
+    /// Withdraws the capture of a pod that an earlier process served.
+    async fn release(&self, uid: &str) {
+        let (redirect, pod) = (Arc::clone(&self.shared.redirect), uid.to_owned());
+        let act = move || match redirect.release(Some(&pod)) {
+            Err(redirect::CaptureError::UnknownPod) => Ok(()),
+            result => result.map(drop),
+        };
+        withdraw(&uid, act).await;
+    }
+
+    /// Withdraws what earlier processes captured, but for these.
+    async fn prune(&self, named: Vec<String>) {
+        let redirect = Arc::clone(&self.shared.redirect);
+        withdraw(&"of an earlier process", move || redirect.prune(&named)).await;
     }
 
     async fn retry(&mut self) {
@@ -355,16 +413,37 @@ impl Manager {
     }
 }
 
-async fn withdraw(
-    pod: &PodInfo,
-    act: impl FnOnce() -> Result<(), redirect::CaptureError> + Send + 'static,
-) {
+/// Takes away what was left for the pod's connections: ours are over, those of another node proxy may not be.
+async fn finish(pod: &PodInfo, redirect: &Arc<dyn Redirect>, sockets: &redirect::Pod) {
+    let mut again = Backoff::new(Duration::from_millis(50), Duration::from_secs(10), 2.0, 0.0);
+    loop {
+        let (redirect, sockets) = (Arc::clone(redirect), sockets.clone());
+        match withdraw(pod, move || redirect.finish(&sockets)).await {
+            Some(false) => sleep(again.next_delay()).await,
+            Some(true) | None => return,
+        }
+    }
+}
+
+/// Ends when nothing leads to the pod or from it any more: it is gone, and not only out of the mesh.
+async fn deserted(sockets: &redirect::Pod) {
+    let mut look = interval_at(Instant::now(), Duration::from_secs(1));
+    while !sockets.is_deserted() {
+        look.tick().await;
+    }
+}
+
+async fn withdraw<T: Send + 'static>(
+    pod: &(dyn fmt::Display + Sync),
+    act: impl FnOnce() -> Result<T, redirect::CaptureError> + Send + 'static,
+) -> Option<T> {
     let why = match tokio::task::spawn_blocking(act).await {
-        Ok(Ok(())) => return,
+        Ok(Ok(done)) => return Some(done),
         Ok(Err(error)) => chain(&error),
         Err(stopped) => stopped.to_string(),
     };
     tracing::warn!(%pod, error = %why, "the pod's capture could not be withdrawn");
+    None
 }
 
 /// An error and its causes, outermost first.

@@ -50,19 +50,46 @@ pub enum InvalidRequest {
     NoNamespace,
     /// A descriptor with a message that carries none. The connection is given up and made anew.
     StrayDescriptor,
-    /// An `Add` that does not say which pod it is, or says it with a name that cannot be one. The
-    /// peer does not speak our protocol.
+    /// An `Add` that does not say which pod it is. The peer does not speak our protocol.
     NoWorkload,
+    /// An `Add` of a pod whose name, namespace or account cannot be one. It is refused, and nothing else: the
+    /// agent would send it again on every connection.
+    InvalidName,
+}
+
+/// What a packet that cannot be taken leads to, once it is answered.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reaction {
+    /// The next packet.
+    GoOn,
+    /// Another connection.
+    Reconnect,
+    /// The end of the process: there is no point in another connection.
+    GiveUp,
 }
 
 impl InvalidRequest {
-    /// Whether the peer breaks the protocol, so that going on with it makes no sense.
+    /// What it leads to.
     #[must_use]
-    pub const fn is_fatal(self) -> bool {
+    pub const fn reaction(self) -> Reaction {
         match self {
-            Self::NoWorkload => true,
-            Self::Undecodable | Self::Empty | Self::NoNamespace | Self::StrayDescriptor => false,
+            Self::InvalidName => Reaction::GoOn,
+            Self::Undecodable | Self::Empty | Self::NoNamespace | Self::StrayDescriptor => {
+                Reaction::Reconnect
+            }
+            Self::NoWorkload => Reaction::GiveUp,
         }
+    }
+
+    /// The answer.
+    #[must_use]
+    pub fn answer(self) -> String {
+        let what = match self.reaction() {
+            Reaction::GoOn => "start proxy",
+            Reaction::Reconnect => "read message",
+            Reaction::GiveUp => "process message",
+        };
+        format!("failure to {what} : {self}")
     }
 }
 
@@ -74,6 +101,7 @@ impl fmt::Display for InvalidRequest {
             Self::NoNamespace => "AddWorkload came without a network namespace descriptor",
             Self::StrayDescriptor => "a descriptor came with a message that carries none",
             Self::NoWorkload => "AddWorkload does not say which pod it is (workload_info)",
+            Self::InvalidName => "AddWorkload names a pod with what cannot be a name",
         })
     }
 }
@@ -103,7 +131,7 @@ pub fn parse(packet: &[u8], descriptor: bool) -> Result<Request, InvalidRequest>
                 })
             };
             return Ok(Request::Add {
-                pod: pod().ok_or(InvalidRequest::NoWorkload)?,
+                pod: pod().ok_or(InvalidRequest::InvalidName)?,
                 uid: add.uid,
             });
         }
@@ -189,7 +217,10 @@ mod tests {
         }
         let anonymous = [0x0a, 0x03, 0x0a, 0x01, b'u'];
         assert_eq!(parse(&anonymous, true), Err(InvalidRequest::NoWorkload));
-        assert!(InvalidRequest::NoWorkload.is_fatal());
+        assert_eq!(InvalidRequest::NoWorkload.reaction(), Reaction::GiveUp);
+        let nameless = [0x0a, 0x05, 0x0a, 0x01, b'u', 0x12, 0x00];
+        assert_eq!(parse(&nameless, true), Err(InvalidRequest::InvalidName));
+        assert_eq!(InvalidRequest::InvalidName.reaction(), Reaction::GoOn);
     }
 
     #[test]

@@ -26,8 +26,18 @@ pub enum Step {
         /// Who it is.
         pod: PodInfo,
     },
-    /// Stop serving these at once.
-    Stop(Vec<String>),
+    /// Stop serving this one at once, or trying to.
+    Stop(String),
+    /// Nobody serves this one, but an earlier process captured it: withdraw that.
+    Release(String),
+    /// The snapshot is complete: stop serving those that are gone, and keep of what earlier processes left
+    /// nothing but what is named.
+    Settle {
+        /// Served, and not named.
+        gone: Vec<String>,
+        /// All that the agent has.
+        named: Vec<String>,
+    },
     /// The message makes no sense now; the peer does not speak our protocol.
     Broken(&'static str),
 }
@@ -37,6 +47,8 @@ pub enum Step {
 pub struct Reconcile {
     running: BTreeMap<String, NetnsId>,
     pending: BTreeSet<String>,
+    /// Named by `Keep`, and not served by us: an earlier process may have captured them.
+    kept: BTreeSet<String>,
     /// The uids that the snapshot has named so far; `None` once it is complete.
     naming: Option<BTreeSet<String>>,
     connected: bool,
@@ -48,6 +60,7 @@ impl Reconcile {
         self.connected = true;
         self.naming = Some(BTreeSet::new());
         self.pending.clear();
+        self.kept.clear();
     }
 
     /// The connection is gone. What runs goes on.
@@ -59,6 +72,12 @@ impl Reconcile {
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.connected && self.naming.is_none() && self.pending.is_empty()
+    }
+
+    /// Whether the snapshot of this connection is complete.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        self.connected && self.naming.is_none()
     }
 
     /// How many pods are waiting to be started again.
@@ -81,37 +100,47 @@ impl Reconcile {
             }
             Request::Keep { uid } => match &mut self.naming {
                 Some(naming) => {
+                    if !self.running.contains_key(&uid) {
+                        self.kept.insert(uid.clone());
+                    }
                     naming.insert(uid);
                     Step::Done
                 }
                 None => Step::Broken("KeepWorkload after the snapshot"),
             },
-            Request::Del { uid } => {
-                self.pending.remove(&uid);
-                match &mut self.naming {
-                    // What runs is stopped by the snapshot that does not name it.
-                    Some(naming) => {
-                        naming.remove(&uid);
-                        Step::Done
-                    }
-                    None if self.running.contains_key(&uid) => Step::Stop(vec![uid]),
-                    None => Step::Done,
-                }
-            }
+            Request::Del { uid } => self.delete(uid),
             Request::SnapshotSent => match self.naming.take() {
                 Some(named) => {
-                    let gone: Vec<_> =
+                    let gone =
                         self.running.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
-                    if gone.is_empty() { Step::Done } else { Step::Stop(gone) }
+                    Step::Settle { gone, named: named.into_iter().collect() }
                 }
                 None => Step::Broken("SnapshotSent twice on one connection"),
             },
         }
     }
 
+    fn delete(&mut self, uid: String) -> Step {
+        let pending = self.pending.remove(&uid);
+        let kept = self.kept.remove(&uid);
+        if let Some(naming) = &mut self.naming {
+            // What runs, or was captured before us, is taken away at the end of a snapshot that does not name it.
+            naming.remove(&uid);
+            return if pending { Step::Stop(uid) } else { Step::Done };
+        }
+        if pending || self.running.contains_key(&uid) {
+            Step::Stop(uid)
+        } else if kept {
+            Step::Release(uid)
+        } else {
+            Step::Done
+        }
+    }
+
     /// The pod is served now.
     pub fn started(&mut self, uid: &str, netns: NetnsId) {
         self.pending.remove(uid);
+        self.kept.remove(uid);
         self.running.insert(uid.to_owned(), netns);
     }
 
@@ -161,8 +190,13 @@ mod tests {
             assert!(matches!(machine.message(add(uid), Some(id)), Step::Start { .. }));
             machine.started(uid, id);
         }
-        assert_eq!(machine.message(Request::SnapshotSent, None), Step::Done);
+        let named = uids.iter().map(|uid| (*uid).to_owned()).collect();
+        assert_eq!(machine.message(Request::SnapshotSent, None), settle(&[], named));
         machine
+    }
+
+    fn settle(gone: &[&str], named: Vec<String>) -> Step {
+        Step::Settle { gone: gone.iter().map(|uid| (*uid).to_owned()).collect(), named }
     }
 
     #[test]
@@ -174,7 +208,8 @@ mod tests {
         assert_eq!(machine.message(add("a"), Some(netns(0))), Step::Done, "same namespace");
         assert_eq!(machine.message(keep("b"), None), Step::Done);
         assert!(!machine.is_settled(), "not before the snapshot is complete");
-        assert_eq!(machine.message(Request::SnapshotSent, None), Step::Stop(vec!["c".to_owned()]));
+        let named = vec!["a".to_owned(), "b".to_owned()];
+        assert_eq!(machine.message(Request::SnapshotSent, None), settle(&["c"], named));
         machine.stopped("c");
         assert!(machine.is_settled());
     }
@@ -185,7 +220,25 @@ mod tests {
         machine.connected();
         machine.message(add("a"), Some(netns(0)));
         assert_eq!(machine.message(del("a"), None), Step::Done);
-        assert_eq!(machine.message(Request::SnapshotSent, None), Step::Stop(vec!["a".to_owned()]));
+        assert_eq!(machine.message(Request::SnapshotSent, None), settle(&["a"], vec![]));
+    }
+
+    #[test]
+    fn what_is_kept_for_an_earlier_process_is_released_when_it_is_deleted() {
+        let mut machine = serving(&["a"]);
+        machine.connected();
+        for uid in ["a", "b", "c", "d"] {
+            assert_eq!(machine.message(keep(uid), None), Step::Done);
+        }
+        assert_eq!(machine.message(del("d"), None), Step::Done, "by the snapshot");
+        let named = ["a", "b", "c"].map(str::to_owned).into();
+        assert_eq!(machine.message(Request::SnapshotSent, None), settle(&[], named));
+        assert_eq!(machine.message(del("b"), None), Step::Release("b".to_owned()));
+        assert_eq!(machine.message(del("b"), None), Step::Done, "once");
+        assert_eq!(machine.message(del("a"), None), Step::Stop("a".to_owned()), "it is served");
+        machine.message(add("c"), Some(netns(7)));
+        machine.started("c", netns(7));
+        assert_eq!(machine.message(del("c"), None), Step::Stop("c".to_owned()), "it is by now");
     }
 
     #[test]
@@ -194,7 +247,7 @@ mod tests {
         assert_eq!(machine.message(add("a"), Some(netns(0))), Step::Done, "again");
         assert!(matches!(machine.message(add("a"), Some(netns(9))), Step::Start { .. }), "moved");
         assert_eq!(machine.message(del("unknown"), None), Step::Done);
-        assert_eq!(machine.message(del("a"), None), Step::Stop(vec!["a".to_owned()]));
+        assert_eq!(machine.message(del("a"), None), Step::Stop("a".to_owned()));
         assert!(matches!(machine.message(keep("a"), None), Step::Broken(_)));
         assert!(matches!(machine.message(Request::SnapshotSent, None), Step::Broken(_)));
     }
@@ -209,7 +262,12 @@ mod tests {
         assert!(machine.is_settled());
         machine.message(add("b"), Some(netns(2)));
         machine.failed("b");
-        machine.message(del("b"), None);
+        // Or it would be tried for ever.
+        assert_eq!(machine.message(del("b"), None), Step::Stop("b".to_owned()));
         assert!(machine.is_settled());
+        machine.connected();
+        machine.message(add("b"), Some(netns(2)));
+        machine.failed("b");
+        assert_eq!(machine.message(del("b"), None), Step::Stop("b".to_owned()), "in a snapshot");
     }
 }

@@ -1,6 +1,6 @@
 //! Istio's labels of a connection, in Istio's order.
 
-use mesh_core::{Service, SpiffeId, Workload};
+use mesh_core::{Hostname, Service, SpiffeId, Workload};
 use mesh_hbone::Baggage;
 use mesh_runtime::metrics::{Builder, Counter, Labels};
 use std::sync::Arc;
@@ -124,6 +124,27 @@ impl<'a> Party<'a> {
             is_known: true,
         }
     }
+
+    fn push_source(&self, labels: &mut Builder, principal: Option<&str>) {
+        labels
+            .push("source_workload", self.workload)
+            .push("source_canonical_service", self.service)
+            .push("source_canonical_revision", self.revision)
+            .push("source_workload_namespace", self.namespace)
+            .push("source_principal", principal.unwrap_or(UNKNOWN))
+            .push("source_app", self.app)
+            .push("source_version", self.revision)
+            .push("source_cluster", self.cluster);
+    }
+}
+
+/// The labels of what a workload's connection needs the address of this name for.
+pub(crate) fn name_labels(source: &Workload, host: &Hostname) -> Labels {
+    let mut labels = Labels::builder(512);
+    let principal = source.identity.to_string();
+    Party::of_workload(source).push_source(&mut labels, Some(&principal));
+    labels.push("hostname", host.as_str());
+    labels.build()
 }
 
 impl Ends {
@@ -137,16 +158,8 @@ impl Ends {
         let destination = self.destination.as_deref().map_or(Party::UNKNOWN, Party::of_workload);
         let principal = self.source_identity.as_ref().map(ToString::to_string);
         let mut labels = Labels::builder(1024);
-        labels
-            .push("reporter", self.reporter.as_str())
-            .push("source_workload", source.workload)
-            .push("source_canonical_service", source.service)
-            .push("source_canonical_revision", source.revision)
-            .push("source_workload_namespace", source.namespace)
-            .push("source_principal", principal.as_deref().unwrap_or(UNKNOWN))
-            .push("source_app", source.app)
-            .push("source_version", source.revision)
-            .push("source_cluster", source.cluster);
+        labels.push("reporter", self.reporter.as_str());
+        source.push_source(&mut labels, principal.as_deref());
         self.push_destination(&mut labels, &destination);
         let security = if self.mutual_tls { "mutual_tls" } else { UNKNOWN };
         labels

@@ -3,9 +3,7 @@
 
 use crate::{table::Table, workloads::PARTS};
 use hashbrown::DefaultHashBuilder;
-use mesh_core::{
-    Cidr, Hostname, Namespace, NetworkAddress, NetworkId, Service, ServiceKey, Workload,
-};
+use mesh_core::{Cidr, Namespace, NetworkAddress, NetworkId, Service, ServiceKey, Workload};
 use std::{cmp::Reverse, collections::BTreeMap, hash::BuildHasher, net::IpAddr, sync::Arc};
 
 /// A service, the endpoints that name it, or both.
@@ -41,6 +39,8 @@ pub(crate) struct Services {
     lengths: BTreeMap<(bool, u8), usize>,
     ages: Age,
     hashes: Hashes,
+    /// Whose service a hostname means where nothing else decides.
+    preferred: Option<Namespace>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -51,7 +51,7 @@ impl Hashes {
         self.0.hash_one(key)
     }
 
-    fn host(&self, host: &Hostname) -> u64 {
+    fn host(&self, host: &str) -> u64 {
         self.0.hash_one(host)
     }
 
@@ -74,13 +74,15 @@ impl Place {
     }
 }
 
-/// The client's own namespace, then canonical, then whoever came first. Istio's rule.
+/// The client's own namespace, then canonical, then the namespace that is preferred where there is one, then
+/// whoever came first. Istio's rule.
 fn preferred<'a>(
     candidates: impl Iterator<Item = (&'a Arc<Service>, Age)>,
     client: &Namespace,
+    namespace: Option<&Namespace>,
 ) -> Option<&'a Arc<Service>> {
-    let rank = |service: &Service| {
-        if service.key.namespace == *client { 2 } else { u8::from(service.canonical) }
+    let rank = |Service { key, canonical, .. }: &Service| {
+        (key.namespace == *client, *canonical, Some(&key.namespace) == namespace)
     };
     let visible = candidates.filter(|(service, _)| service.is_visible_to(client));
     visible.max_by_key(|(service, age)| (rank(service), Reverse(*age))).map(|(service, _)| service)
@@ -95,6 +97,7 @@ impl Default for Services {
             lengths: BTreeMap::new(),
             ages: 0,
             hashes: Hashes::default(),
+            preferred: None,
         }
     }
 }
@@ -120,6 +123,10 @@ impl Group {
 }
 
 impl Services {
+    pub(crate) fn prefer(&mut self, namespace: Namespace) {
+        self.preferred = Some(namespace);
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.groups.iter().filter_map(Group::service)
     }
@@ -176,7 +183,7 @@ impl Services {
     /// Exact VIPs first; then, in the client's own namespace, the longest block; then elsewhere.
     pub(crate) fn at(&self, address: &NetworkAddress, client: &Namespace) -> Option<&Arc<Service>> {
         let exact = self.places(address.network.clone(), Cidr::host(address.ip));
-        preferred(exact.map(|place| (&place.service, place.age)), client).or_else(|| {
+        preferred(exact.map(|place| (&place.service, place.age)), client, None).or_else(|| {
             self.around(address)
                 .filter(|(place, _)| place.service.is_visible_to(client))
                 .max_by_key(|(place, length)| {
@@ -187,10 +194,16 @@ impl Services {
         })
     }
 
-    pub(crate) fn of_host(&self, host: &Hostname, client: &Namespace) -> Option<&Arc<Service>> {
+    pub(crate) fn of_host(
+        &self,
+        host: &str,
+        client: &Namespace,
+        usable: impl Fn(&Service) -> bool,
+    ) -> Option<&Arc<Service>> {
         let all = self.hosts.find_all(self.hashes.host(host));
-        let these = all.filter(|(service, _)| service.key.hostname == *host);
-        preferred(these.map(|(service, age)| (service, *age)), client)
+        let these =
+            all.filter(|(service, _)| service.key.hostname.as_str() == host && usable(service));
+        preferred(these.map(|(service, age)| (service, *age)), client, self.preferred.as_ref())
     }
 
     fn group_mut(&mut self, key: &ServiceKey) -> Option<&mut Group> {
@@ -231,8 +244,9 @@ impl Services {
             let hash = hashes.vip(&vip.network, vip.block);
             self.vips.insert(hash, place, |place| hashes.place(place));
         }
-        let host = hashes.host(&service.key.hostname);
-        let rehash = |(service, _): &(Arc<Service>, Age)| hashes.host(&service.key.hostname);
+        let host = hashes.host(service.key.hostname.as_str());
+        let rehash =
+            |(service, _): &(Arc<Service>, Age)| hashes.host(service.key.hostname.as_str());
         self.hosts.insert(host, (Arc::clone(&service), age), rehash);
         if let Some(group) = self.group_mut(&service.key) {
             group.service = Some(Arc::clone(&service));
@@ -266,8 +280,9 @@ impl Services {
             self.vips.remove(hash, is_it, |place| hashes.place(place));
         }
         let is_it = |(service, _): &(Arc<Service>, Age)| Arc::ptr_eq(service, &old);
-        let rehash = |(service, _): &(Arc<Service>, Age)| hashes.host(&service.key.hostname);
-        self.hosts.remove(hashes.host(&key.hostname), is_it, rehash);
+        let rehash =
+            |(service, _): &(Arc<Service>, Age)| hashes.host(service.key.hostname.as_str());
+        self.hosts.remove(hashes.host(key.hostname.as_str()), is_it, rehash);
         Some(old)
     }
 

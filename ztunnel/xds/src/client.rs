@@ -9,8 +9,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use mesh_proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient as Ads;
+use mesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_runtime::backoff::Backoff;
 use mesh_runtime::control_plane::ControlPlane;
 use mesh_runtime::metrics::Registry;
@@ -37,6 +37,9 @@ const FIRST_DELAY: Duration = Duration::from_millis(20);
 const LONGEST_DELAY: Duration = Duration::from_secs(15);
 /// After a stream that ended as streams do.
 const RECONNECT_DELAY: Duration = Duration::from_millis(10);
+
+/// What readiness waits for, in Istio's words.
+const STATE: &str = "state manager";
 
 /// Any error.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -90,8 +93,8 @@ pub struct Client<H> {
     session: Session,
     handlers: H,
     waiting: Waiting,
-    /// One per type that is subscribed to as a whole, until its first response was taken.
-    gates: Vec<(Kind, Gate)>,
+    /// Opens once the first response was taken of each of these types, which are subscribed to as a whole.
+    gate: (Gate, Vec<Kind>),
     metrics: Metrics,
 }
 
@@ -138,15 +141,16 @@ impl<H: Handlers> Client<H> {
                 Ok((name, value.parse().map_err(|_invalid| invalid())?))
             })
             .collect::<Result<_, _>>()?;
-        let mut gates = vec![(Kind::Authorization, readiness.gate("xds policies"))];
+        let mut outstanding = vec![Kind::Authorization];
         if !settings.on_demand {
-            gates.push((Kind::Address, readiness.gate("xds addresses")));
+            outstanding.push(Kind::Address);
         }
+        let gate = (readiness.gate(STATE), outstanding);
         let (demand, waiting) = demand::channel();
         let session = Session::new(settings.node.clone(), settings.on_demand);
         let link = Link { plane, headers, settings };
         let metrics = Metrics::new(registry);
-        Ok((Self { link, session, handlers, waiting, gates, metrics }, demand))
+        Ok((Self { link, session, handlers, waiting, gate, metrics }, demand))
     }
 
     /// Runs until told to stop. The state stays as it is whenever there is no connection.
@@ -192,11 +196,11 @@ impl<H: Handlers> Client<H> {
         tracing::info!("connected to the control plane");
         let mut useful = false;
         loop {
-            let request = tokio::select! {
+            let send = tokio::select! {
                 message = responses.message() => match message {
                     Ok(Some(response)) => {
                         useful = true;
-                        Some(self.take(response).await)
+                        self.take(response).await
                     }
                     Ok(None) => return End::Closed { useful },
                     Err(status) => return End::Failed(status),
@@ -210,7 +214,7 @@ impl<H: Handlers> Client<H> {
                     self.session.demand(&name)
                 }
             };
-            if let Some(request) = request {
+            for request in send {
                 // Closed: the next message tells why.
                 let _closed = requests.send(request).await;
             }
@@ -218,10 +222,7 @@ impl<H: Handlers> Client<H> {
     }
 
     /// Hands a response over, chunk by chunk, and makes its answer.
-    async fn take(
-        &mut self,
-        response: DeltaDiscoveryResponse,
-    ) -> mesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest {
+    async fn take(&mut self, response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
         let mut round = self.session.receive(response);
         self.metrics.received(round.type_url(), round.bytes());
         while let Some(chunk) = self.session.next(&mut round) {
@@ -235,20 +236,20 @@ impl<H: Handlers> Client<H> {
         }
         let answer = self.session.finish(round);
         if !answer.rejected.is_empty() {
-            self.metrics.rejected(&answer.request.type_url, answer.rejected.len());
+            self.metrics.refused(&answer.request.type_url, answer.rejected.len());
             for rejected in &answer.rejected {
                 tracing::warn!(name = %rejected.name, reason = %rejected.reason, "resource rejected");
             }
         }
         if let Some(first) = answer.first {
-            for (kind, gate) in &mut self.gates {
-                if *kind == first {
-                    gate.set(true);
-                }
+            let (gate, outstanding) = &mut self.gate;
+            outstanding.retain(|kind| *kind != first);
+            if outstanding.is_empty() {
+                gate.set(true);
             }
         }
         self.waiting.answer(answer.answered);
-        answer.request
+        [Some(answer.request), answer.leave].into_iter().flatten().collect()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is counted of the conversation with the control plane.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_runtime::metrics::{Counter, Family, Labels, Registry};
@@ -34,19 +35,26 @@ pub(crate) struct Metrics {
     messages: Family<Counter>,
     bytes: Family<Counter>,
     rejected: Family<Counter>,
-    last: Arc<Mutex<Option<Instant>>>,
+    refused: Family<Counter>,
+    last: Arc<Mutex<Last>>,
 }
+
+/// When each type was last sent.
+type Last = HashMap<Kind, Instant>;
 
 impl Metrics {
     pub(crate) fn new(registry: &Registry) -> Self {
-        let last: Arc<Mutex<Option<Instant>>> = Arc::default();
+        let last: Arc<Mutex<Last>> = Arc::default();
         let seen = Arc::clone(&last);
         registry.on_scrape(move |samples| {
-            let last = *seen.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(last) = last {
-                let help = "Seconds since the control plane last sent something";
-                let age = last.elapsed().as_secs_f64();
-                samples.gauge("istio_xds_last_message_age_seconds", help, &Labels::empty(), age);
+            let last = seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for kind in Kind::ALL {
+                let Some(at) = last.get(&kind) else { continue };
+                let help =
+                    "Seconds since the control plane last sent something of this type (ours).";
+                let age = at.elapsed().as_secs_f64();
+                let labels = Labels::new([("url", kind.url())]);
+                samples.gauge("istio_xds_last_message_age_seconds", help, &labels, age);
             }
         });
         Self {
@@ -63,7 +71,11 @@ impl Metrics {
             ),
             rejected: registry.counter(
                 "istio_xds_rejected_resources",
-                "Resources that were refused, each named in the log and to the control plane",
+                "Resources that were refused, each named in the log and to the control plane (ours).",
+            ),
+            refused: registry.counter(
+                "istio_xds_nacks",
+                "Responses that were refused in part: a resource of them could not be used (ours).",
             ),
             last,
         }
@@ -75,16 +87,22 @@ impl Metrics {
 
     /// A response of a type came, with so many bytes of resources. A type that we do not know counts as one.
     pub(crate) fn received(&self, url: &str, bytes: usize) {
-        let url = Kind::from_url(url).map_or("unknown", Kind::url);
-        let labels = Labels::new([("url", url)]);
+        let kind = Kind::from_url(url);
+        let labels = Labels::new([("url", kind.map_or("unknown", Kind::url))]);
         self.messages.with(&labels).increment(1);
         self.bytes.with(&labels).increment(u64::try_from(bytes).unwrap_or(u64::MAX));
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        if let Some(kind) = kind {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            last.insert(kind, Instant::now());
+        }
     }
 
-    pub(crate) fn rejected(&self, url: &str, count: usize) {
+    /// A response of a type was refused, for so many of its resources.
+    pub(crate) fn refused(&self, url: &str, resources: usize) {
         let url = Kind::from_url(url).map_or("unknown", Kind::url);
-        let count = u64::try_from(count).unwrap_or(u64::MAX);
-        self.rejected.with(&Labels::new([("url", url)])).increment(count);
+        let labels = Labels::new([("url", url)]);
+        let resources = u64::try_from(resources).unwrap_or(u64::MAX);
+        self.rejected.with(&labels).increment(resources);
+        self.refused.with(&labels).increment(1);
     }
 }

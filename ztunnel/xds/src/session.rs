@@ -65,6 +65,16 @@ pub struct Answer {
     pub answered: Vec<String>,
     /// What was not taken.
     pub rejected: Vec<Rejected>,
+    /// Sent after it: leaves names that were answered long ago.
+    pub leave: Option<DeltaDiscoveryRequest>,
+}
+
+fn leave(names: Vec<String>) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: Kind::Address.url().to_owned(),
+        resource_names_unsubscribe: names,
+        ..DeltaDiscoveryRequest::default()
+    }
 }
 
 /// One client's side of the protocol, over all its connections.
@@ -76,7 +86,13 @@ pub struct Session {
     policies: Subscription,
     /// Names that were asked for and not answered yet.
     asked: HashSet<String>,
+    /// Names that were asked for on this connection, and answered.
+    followed: HashSet<String>,
 }
+
+/// How many answered names stay subscribed to: a pod may connect to any address of the world, and each is asked
+/// for. Beyond, those that are not the name of a resource are left.
+const MOST_FOLLOWED: usize = 4096;
 
 /// One type's part.
 #[derive(Debug, Default)]
@@ -95,6 +111,7 @@ impl Session {
             addresses: Subscription::default(),
             policies: Subscription::default(),
             asked: HashSet::new(),
+            followed: HashSet::new(),
         }
     }
 
@@ -107,6 +124,7 @@ impl Session {
 
     /// The requests that open a connection: one per type, all sent before any answer.
     pub fn connect(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        self.followed.clear();
         Kind::ALL
             .into_iter()
             .map(|kind| {
@@ -132,15 +150,35 @@ impl Session {
 
     /// Asks for an address by name, on demand. Nothing to send if it is asked for already, or if everything is
     /// subscribed to and will come by itself.
-    pub fn demand(&mut self, name: &str) -> Option<DeltaDiscoveryRequest> {
+    ///
+    /// istiod answers a subscription only if it is new, and does not always say when an address that it had
+    /// answered for gets another owner. So a name that was answered before is first left, and asked for anew.
+    pub fn demand(&mut self, name: &str) -> Vec<DeltaDiscoveryRequest> {
         if !self.on_demand || !self.asked.insert(name.to_owned()) {
-            return None;
+            return Vec::new();
         }
-        Some(DeltaDiscoveryRequest {
+        let subscribe = DeltaDiscoveryRequest {
             type_url: Kind::Address.url().to_owned(),
             resource_names_subscribe: vec![name.to_owned()],
             ..DeltaDiscoveryRequest::default()
-        })
+        };
+        if self.followed.remove(name) {
+            vec![leave(vec![name.to_owned()]), subscribe]
+        } else {
+            vec![subscribe]
+        }
+    }
+
+    /// Takes note that a name was answered. Returns what is to be left, when there are too many.
+    fn follow(&mut self, names: &[String]) -> Option<DeltaDiscoveryRequest> {
+        self.followed.extend(names.iter().cloned());
+        if self.followed.len() <= MOST_FOLLOWED {
+            return None;
+        }
+        let known = &self.addresses.known;
+        // By the name of a resource, its changes are told.
+        let left: Vec<_> = self.followed.extract_if(|name| !known.has(name)).collect();
+        (!left.is_empty()).then(|| leave(left))
     }
 
     /// Begins to take a response. Its chunks are to be handled in order, and then [`Session::finish`]ed.
@@ -169,6 +207,7 @@ impl Session {
             first: None,
             answered: Vec::new(),
             rejected: outcome.rejected,
+            leave: None,
         };
         if let Some(kind) = outcome.kind {
             let subscription = self.subscription(kind);
@@ -189,6 +228,7 @@ impl Session {
                 // What was rejected is answered too: who waits must look, and find nothing.
                 let names = outcome.seen.into_iter().chain(outcome.removed);
                 answer.answered = names.filter(|name| self.asked.remove(name)).collect();
+                answer.leave = self.follow(&answer.answered);
             }
         }
         if !answer.rejected.is_empty() {

@@ -1,3 +1,5 @@
+mod wire;
+
 use super::*;
 use crate::{
     Duplex, ResponseHead, server,
@@ -300,4 +302,53 @@ async fn a_client_that_is_dead_is_given_up() {
     assert_eq!((failure.side, failure.reason), (Side::Downstream, Reason::Http2));
     assert_eq!(failure.source.unwrap().to_string(), "the peer has not answered a PING for 20s");
     assert!(!matches!(connection.next().await, Some(Ok(_))), "and that is the end of it");
+}
+
+#[tokio::test]
+async fn a_tunnel_ends_when_whoever_watches_it_says_so() {
+    let mut world = World::new().await;
+    let (end, ending) = oneshot::channel::<()>();
+    let ending = Mutex::new(Some(ending));
+    let dial = || -> Dialing<'_> {
+        Box::pin(async {
+            let ending = lock(&ending).take().unwrap();
+            let shaken: Shaken = Box::new(move |outcome| {
+                assert_eq!(outcome.unwrap().len(), 1, "the peer's certificate");
+                Ok(Box::pin(async { drop(ending.await) }))
+            });
+            Ok(dial(world.to).await?.watched(shaken))
+        })
+    };
+    let (key, request) = (key(world.to), request());
+    let (opened, _far) = tokio::join!(world.pool.open(&key, &request, dial), async {
+        world.streams.recv().await.unwrap().accept(&ResponseHead::default()).unwrap()
+    });
+    let mut opened = opened.unwrap();
+    assert!(!opened.ended.is_set());
+    end.send(()).unwrap();
+    next(&mut opened.stream).await.unwrap_err();
+    assert!(opened.ended.is_set());
+    until(|| world.pool.is_empty()).await;
+}
+
+#[tokio::test]
+async fn whoever_watches_says_why_hands_were_not_shaken() {
+    let (near, far) = tcp().await;
+    drop(far);
+    let shaken = || -> Shaken {
+        Box::new(|outcome| match outcome.unwrap_err() {
+            HandshakeError::Io(_) => Err(Failure::local(Reason::Revoked)),
+            other => panic!("{other}"),
+        })
+    };
+    let near = Mutex::new(Some(near.into_std().unwrap()));
+    let dial = || -> Dialing<'_> {
+        let stream = lock(&near).take().unwrap();
+        let dialed = Dialed::new(stream, Arc::clone(&configs().client)).watched(shaken());
+        Box::pin(async { Ok(dialed) })
+    };
+    let pool = Pool::new(Settings::default(), Tasks::new());
+    let to = "127.0.0.1:1".parse().unwrap();
+    let failure = within(pool.open(&key(to), &request(), dial)).await.unwrap_err();
+    assert_eq!(failure.reason, Reason::Revoked);
 }

@@ -29,7 +29,8 @@ impl Error for HandshakeError {}
 
 impl HandshakeError {
     /// The failure, where the peer is whom we connected to.
-    pub(crate) fn upstream(self) -> Failure {
+    #[must_use]
+    pub fn upstream(self) -> Failure {
         match self {
             Self::Tls(_) => Failure::upstream(Reason::Tls, self),
             Self::Io(_) | Self::Late => Failure::upstream(Reason::Connect, self),
@@ -37,7 +38,8 @@ impl HandshakeError {
     }
 
     /// The failure, where the peer connected to us.
-    pub(crate) fn downstream(self) -> Failure {
+    #[must_use]
+    pub fn downstream(self) -> Failure {
         Failure::downstream(Reason::Tls, self)
     }
 }

@@ -1,6 +1,15 @@
 //! Capture by our own programs: rules lead what a pod's sockets send back to the pod, `sk_lookup` picks the
 //! proxy's listener (`spec/capture.md` §1). The kernel's work is once per connection, not per packet.
+//!
+//! Without a live proxy a pod is closed. Where the program is pinned it drops what it has no listener for: over
+//! IPv4 nobody answers, and what is dialled meanwhile is taken by the next proxy; over IPv6 the kernel refuses at
+//! once, since its reset can leave from an address that is not the pod's. Where there are no pins either, no
+//! program is left, only the rules: what the pod dials comes back to the pod. Nobody listens there as a rule: IPv4
+//! waits, IPv6 is refused; but an application that listens on the wildcard address and that very port gets it.
+//! It is misled, and nothing gets out.
 
+mod diag;
+mod dns;
 mod follow;
 mod foreign;
 mod netlink;
@@ -9,10 +18,12 @@ mod program;
 mod rules;
 mod sockets;
 mod sys;
+mod sysctls;
+mod takeover;
 #[cfg(test)]
 mod tests;
 
-use super::{CaptureError, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
+use super::{CaptureError, Listeners, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
 use crate::{netns::Netns, socket::Connecting};
 use aya::Btf;
 use follow::Follower;
@@ -29,7 +40,9 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
+use sysctls::{Found, Leaving};
 
 /// What istio-cni rewrites the source of kubelet's probes to.
 const PROBES: [IpAddr; 2] = [
@@ -53,6 +66,8 @@ pub struct Settings {
     pub probes: Vec<IpAddr>,
     /// Inbound is left alone, but for tunnels.
     pub ingress: bool,
+    /// The port of the DNS sockets, where names are answered. Nothing can be reached there: port 53 is steered.
+    pub dns: Option<u16>,
 }
 
 impl Default for Settings {
@@ -63,6 +78,7 @@ impl Default for Settings {
             pins: None,
             probes: PROBES.to_vec(),
             ingress: false,
+            dns: None,
         }
     }
 }
@@ -74,6 +90,16 @@ pub struct Ebpf {
     pins: Option<PathBuf>,
     /// The kernel's types: parsed once, and only where they are needed.
     btf: OnceLock<Option<Btf>>,
+    left: Arc<Leaving>,
+}
+
+/// A pod to be captured.
+struct Asked<'a> {
+    uid: &'a str,
+    netns: &'a Netns,
+    folder: Option<&'a Path>,
+    /// Whether it is already.
+    captured: bool,
 }
 
 /// What this kind of capture knows of a pod.
@@ -84,10 +110,14 @@ pub(super) struct Captured(Arc<Shared>);
 struct Shared {
     netns: Netns,
     ingress: bool,
+    dns: bool,
     mark: u32,
     generation: u32,
     folder: Option<PathBuf>,
     own: RwLock<Vec<IpAddr>>,
+    /// How the namespace's sysctls were.
+    found: Found,
+    left: Arc<Leaving>,
     /// Capture is being withdrawn: connections to the application must survive that.
     leaving: AtomicBool,
     state: Mutex<State>,
@@ -97,15 +127,47 @@ struct Shared {
 struct State {
     program: Option<Program>,
     withdrawn: bool,
+    finished: bool,
 }
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Takes away what is left once nobody needs it, in the namespace of the thread. Returns whether it did.
+    fn finish_here(&self) -> Result<bool, CaptureError> {
+        let mut rules =
+            Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
+        // Where the rule is there again, so is the pod.
+        let again = rules.capturing().map_err(CaptureError::kernel("read the rules"))?;
+        if !again && diag::is_held().map_err(CaptureError::kernel("list the pod's sockets"))? {
+            return Ok(false);
+        }
+        // Somebody else of the same namespace still leaves.
+        if !self.left.end(self.netns.id()) {
+            return Ok(true);
+        }
+        if again {
+            if !self.ingress {
+                self.found.restore_one(sysctls::ACCEPT);
+            }
+            rules.end_leaving().map_err(CaptureError::kernel("take a rule away"))?;
+        } else {
+            rules.flush().map_err(CaptureError::kernel("take the rules away"))?;
+            self.found.restore();
+        }
+        Ok(true)
+    }
 }
 
 impl Captured {
+    /// See [`Pod::yielded`].
+    pub(super) fn yielded(&self, patience: Duration) -> impl Future<Output = ()> + Send + use<> {
+        let shared = Arc::clone(&self.0);
+        async move { shared.yielded(patience).await }
+    }
+
     /// See [`Pod::follow`].
     pub(super) fn follower(&self) -> Option<Follower> {
         Follower::new(Arc::clone(&self.0))
@@ -134,25 +196,29 @@ impl Ebpf {
                 false
             }
         });
-        Ok(Self { settings, pins, btf: OnceLock::new() })
+        Ok(Self { settings, pins, btf: OnceLock::new(), left: Arc::default() })
     }
 
-    /// Marks sockets that live. Without the kernel's types it cannot, and says so.
+    /// Marks sockets that live.
     fn mark(&self, mark: u32) -> Result<u32, CaptureError> {
         let types = self.btf.get_or_init(|| {
             Btf::from_sys_fs()
-                .inspect_err(|error| {
-                    tracing::warn!(%error, "no kernel BTF: connections that live when a pod is enrolled or released are reset");
-                })
+                .inspect_err(|error| tracing::error!(%error, "the kernel has no BTF"))
                 .ok()
         });
-        let Some(types) = types else { return Ok(0) };
-        program::mark_existing(types, mark)
-            .map_err(CaptureError::kernel("mark the sockets that live"))
+        let what = "mark the sockets that live";
+        let types = types.as_ref().ok_or("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF)");
+        program::mark_existing(types.map_err(CaptureError::kernel(what))?, mark)
+            .map_err(CaptureError::kernel(what))
     }
 
     /// In the pod's namespace.
-    fn enrol_here(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError> {
+    fn enrol_here(
+        &self,
+        uid: &str,
+        netns: &Netns,
+        inherited: Option<Listeners>,
+    ) -> Result<Pod, CaptureError> {
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
         let reasons =
@@ -162,8 +228,11 @@ impl Ebpf {
         }
         let captured = rules.capturing().map_err(CaptureError::kernel("read the rules"))?;
         let folder = self.pins.as_ref().map(|root| root.join(uid));
-        let result = self.capture(uid, netns, folder.as_deref(), captured);
+        let before = Found::here();
+        let asked = Asked { uid, netns, folder: folder.as_deref(), captured };
+        let result = self.capture(&asked, inherited);
         if result.is_err() && !captured {
+            before.restore();
             // What is written by now does nothing, but need not stay.
             if let Err(error) = rules.flush() {
                 tracing::debug!(%error, "rules of a failed enrolment stay");
@@ -179,16 +248,22 @@ impl Ebpf {
 
     fn capture(
         &self,
-        uid: &str,
-        netns: &Netns,
-        folder: Option<&Path>,
-        captured: bool,
+        asked: &Asked<'_>,
+        inherited: Option<Listeners>,
     ) -> Result<Pod, CaptureError> {
+        let Asked { uid, netns, folder, captured } = *asked;
         let adopted = folder.and_then(|folder| adopt(folder, netns));
-        let generation =
-            adopted.as_ref().map_or(0, Program::generation).wrapping_add(1) % GENERATIONS;
-        let listeners = sockets::listeners(&self.settings.options, generation)
-            .map_err(CaptureError::kernel("listen in the pod"))?;
+        let generation = folder.map_or(0, Program::pinned_generation).wrapping_add(1) % GENERATIONS;
+        // As it was before the first of us came: of what is taken over, or is only just being left.
+        let found = adopted.as_ref().and_then(|_| folder.and_then(Program::pinned_found));
+        let found = found.or_else(|| self.left.found(netns.id())).unwrap_or_else(Found::here);
+        let listeners = match inherited {
+            Some(listeners) => sockets::inherit(listeners, generation),
+            None => sockets::listeners(&self.settings.options, generation),
+        };
+        let listeners = listeners.map_err(CaptureError::kernel("listen in the pod"))?;
+        let dns = self.settings.dns.map(|port| dns::open(&self.settings.options, generation, port));
+        let dns = dns.transpose().map_err(CaptureError::kernel("listen for DNS in the pod"))?;
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
         let here =
@@ -196,8 +271,19 @@ impl Ebpf {
         let Settings { probes, ingress, .. } = &self.settings;
         rules.escape(probes).map_err(CaptureError::kernel("write the rules"))?;
         rules.routes(&here).map_err(CaptureError::kernel("write the routes"))?;
-        let contents =
-            Contents { listeners: &listeners, here: &here, probes, ingress: *ingress, generation };
+        // The safety net of a hand-over, for a process that dies in it. Of Linux 5.14; not worth failing for.
+        if let Err(error) = sys::sysctl(sysctls::MIGRATE, "1") {
+            tracing::debug!(%error, "what waits for a listener dies with it");
+        }
+        let contents = Contents {
+            listeners: &listeners,
+            dns: dns.as_ref(),
+            here: &here,
+            probes,
+            ingress: *ingress,
+            generation,
+            found,
+        };
         let mut program = match adopted {
             Some(mut program) => program.fill(&contents).map(|()| program)?,
             None => Program::attach(folder, netns, &contents)?,
@@ -210,42 +296,51 @@ impl Ebpf {
         if !captured {
             self.mark(sockets::mark(generation))?;
         }
-        rules.capture().map_err(CaptureError::kernel("begin capture"))?;
+        rules.capture(dns.is_some()).map_err(CaptureError::kernel("begin capture"))?;
         let shared = Shared {
             netns: netns.clone(),
             ingress: *ingress,
+            dns: dns.is_some(),
             mark: sockets::mark(generation),
             generation,
             folder: folder.map(Path::to_owned),
             own: RwLock::new(here.addresses),
+            found,
+            left: Arc::clone(&self.left),
             leaving: AtomicBool::new(false),
-            state: Mutex::new(State { program: Some(program), withdrawn: false }),
+            state: Mutex::new(State { program: Some(program), withdrawn: false, finished: false }),
         };
-        Ok(Pod::new(uid, netns.clone(), listeners, Recipe::Ebpf(Captured(Arc::new(shared)))))
+        let recipe = Recipe::Ebpf(Captured(Arc::new(shared)));
+        Ok(Pod::new(uid, netns.clone(), listeners, recipe).with_dns(dns))
     }
 
-    /// Ends capture in the namespace of the thread; what lives stays with the proxy. Returns whether anything
-    /// did. `leaving` is called when the proxy is to mark what it begins.
-    fn withdraw(&self, leaving: impl FnOnce()) -> Result<bool, CaptureError> {
+    /// Ends capture in the namespace of the thread; what lives stays with the proxy. `leaving` is called when
+    /// the proxy is to mark what it begins.
+    fn withdraw(&self, leaving: impl FnOnce()) -> Result<(), CaptureError> {
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
         rules.keep_leaving().map_err(CaptureError::kernel("keep what lives"))?;
-        if let Err(error) = sys::sysctl("net/ipv4/tcp_fwmark_accept", "1") {
+        if let Err(error) = sys::sysctl(sysctls::ACCEPT, "1") {
             tracing::warn!(%error, "connections that begin during the release may be reset");
         }
         leaving();
-        let mut lives = false;
         for _ in 0..PASSES {
-            if self.mark(MARK_LEAVING)? == 0 {
-                break;
+            match self.mark(MARK_LEAVING) {
+                Ok(0) => break,
+                Ok(_) => (),
+                // Not a reason to keep the pod.
+                Err(error) => {
+                    let error: &dyn std::error::Error = &error;
+                    tracing::warn!(error, "connections that live will break");
+                    break;
+                }
             }
-            lives = true;
         }
-        rules.end_capture().map_err(CaptureError::kernel("end capture"))?;
-        Ok(lives)
+        rules.end_capture().map_err(CaptureError::kernel("end capture"))
     }
 
-    /// Withdraws what somebody else captured.
+    /// Withdraws what somebody else captured. Where a proxy lives that has connections of the pod, it notices,
+    /// and cleans up when the last is over; else that is done here.
     fn release_one(&self, root: &Path, uid: &str) -> Result<(), CaptureError> {
         let folder = root.join(uid);
         let ino = pins::namespace(&folder).unwrap_or(0);
@@ -253,11 +348,18 @@ impl Ebpf {
             return pins::remove(&folder)
                 .map_err(CaptureError::kernel("forget a pod that is gone"));
         }
+        let found = Program::pinned_found(&folder);
         let netns = find(ino.into()).ok_or(CaptureError::NamespaceNotFound)?;
         let release = || {
-            if !self.withdraw(|| ())? {
+            self.withdraw(|| ())?;
+            if diag::is_held().map_err(CaptureError::kernel("list the pod's sockets"))? {
+                tracing::info!(uid, "a node proxy still has connections of the pod");
+            } else {
                 let flush = Rules::open().and_then(|mut rules| rules.flush());
                 flush.map_err(CaptureError::kernel("take the rules away"))?;
+                if let Some(found) = found {
+                    found.restore();
+                }
             }
             pins::withdraw(&folder, netns.id()).map_err(CaptureError::kernel("detach the program"))
         };
@@ -266,12 +368,17 @@ impl Ebpf {
 }
 
 impl Redirect for Ebpf {
-    fn enrol(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError> {
+    fn enrol_with(
+        &self,
+        uid: &str,
+        netns: &Netns,
+        inherited: Option<Listeners>,
+    ) -> Result<Pod, CaptureError> {
         if !pins::is_uid(uid) {
             return Err(CaptureError::InvalidUid);
         }
         netns
-            .run(|| self.enrol_here(uid, netns))
+            .run(|| self.enrol_here(uid, netns, inherited))
             .map_err(CaptureError::kernel("enter the pod's network namespace"))?
     }
 
@@ -279,7 +386,7 @@ impl Redirect for Ebpf {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(()) };
         let mut state = shared.state();
         // Somebody who took it over has the capture, too.
-        let ours = |program: &Program| program.generation() == shared.generation;
+        let ours = |program: &Program| !program.is_taken_over(shared.generation);
         if state.withdrawn || !state.program.as_ref().is_some_and(ours) {
             return Ok(());
         }
@@ -290,6 +397,7 @@ impl Redirect for Ebpf {
             .map_err(CaptureError::kernel("enter the pod's network namespace"))??;
         state.withdrawn = true;
         state.program = None;
+        shared.left.begin(shared.netns.id(), shared.found);
         match &shared.folder {
             Some(folder) => pins::withdraw(folder, shared.netns.id())
                 .map_err(CaptureError::kernel("detach the program")),
@@ -297,17 +405,16 @@ impl Redirect for Ebpf {
         }
     }
 
-    fn finish(&self, pod: &Pod) -> Result<(), CaptureError> {
-        let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(()) };
-        let flush = || {
-            let mut rules = Rules::open()?;
-            // Where the rule is there again, so is the pod.
-            if rules.capturing()? { Ok(()) } else { rules.flush() }
-        };
-        let result = shared.netns.run(flush);
-        result
-            .map_err(CaptureError::kernel("enter the pod's network namespace"))?
-            .map_err(CaptureError::kernel("take the rules away"))
+    fn finish(&self, pod: &Pod) -> Result<bool, CaptureError> {
+        let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(true) };
+        let mut state = shared.state();
+        if !state.withdrawn || state.finished {
+            return Ok(true);
+        }
+        let result = shared.netns.run(|| shared.finish_here());
+        state.finished =
+            result.map_err(CaptureError::kernel("enter the pod's network namespace"))??;
+        Ok(state.finished)
     }
 
     fn prune(&self, keep: &[String]) -> Result<(), CaptureError> {
@@ -353,6 +460,11 @@ impl Redirect for Ebpf {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Err(wrong_pod()) };
         let options = &self.settings.options;
         shared.netns.run(|| sockets::marked(options, shared.mark, None, to))?
+    }
+
+    fn to_resolver(&self, pod: &Pod, to: SocketAddr) -> io::Result<std::net::UdpSocket> {
+        let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Err(wrong_pod()) };
+        shared.netns.run(|| super::dns::to_server(Some(shared.mark), to))?
     }
 
     fn to_application(
@@ -413,9 +525,7 @@ fn adopt(folder: &Path, netns: &Netns) -> Option<Program> {
 /// Lets replies to what comes from outside past the rules: marks it at every entrance, and what the kernel
 /// and the application answer inherits the mark.
 fn bypass(program: &mut Program, here: &Surroundings) -> Result<(), CaptureError> {
-    let sysctls =
-        ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"];
-    for key in sysctls {
+    for key in [sysctls::ACCEPT, sysctls::REFLECT, sysctls::REFLECT_V6] {
         match sys::sysctl(key, "1") {
             Err(error) if key.contains("ipv6") && error.kind() == io::ErrorKind::NotFound => (),
             result => result.map_err(CaptureError::kernel("let marks be inherited"))?,

@@ -1,7 +1,10 @@
 //! Redirection that somebody else wrote, as istio-cni does: fixed ports on the wildcard address, the original
 //! destination from conntrack (REDIRECT) or from the socket itself (TPROXY).
 
-use super::{CaptureError, Door, Listeners, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
+use super::{
+    CaptureError, Dns, DnsAddress, Door, Listeners, Pod, Recipe, Redirect, SocketOptions, dns,
+    wrong_pod,
+};
 use crate::{
     netns::Netns,
     socket::{self, Connecting},
@@ -42,6 +45,8 @@ pub struct Settings {
     pub original_source: OriginalSource,
     /// The packet mark of all sockets: Istio's in a pod's namespace, `PACKET_MARK` or none in our own.
     pub mark: Option<u32>,
+    /// Where names are answered, if they are.
+    pub dns: Option<DnsAddress>,
 }
 
 impl Default for Settings {
@@ -52,6 +57,7 @@ impl Default for Settings {
             port_reuse: true,
             original_source: OriginalSource::default(),
             mark: Some(MARK),
+            dns: None,
         }
     }
 }
@@ -72,6 +78,21 @@ impl External {
     #[must_use]
     pub const fn new(settings: Settings) -> Self {
         Self { settings }
+    }
+
+    /// For what runs in our own network namespace and is captured by nobody: one door, for tunnels. Use settings
+    /// without a mark and without the clients' addresses there.
+    ///
+    /// # Errors
+    ///
+    /// Returns why the door cannot be opened.
+    pub fn own(&self, uid: &str) -> Result<(Pod, TcpListener), CaptureError> {
+        let netns =
+            Netns::current().map_err(CaptureError::kernel("find our own network namespace"))?;
+        let (listener, original_source) =
+            self.listen(Door::Hbone).map_err(CaptureError::kernel("listen for tunnels to us"))?;
+        let recipe = Recipe::External(Captured { original_source });
+        Ok((Pod::without_listeners(uid, netns, recipe), listener))
     }
 
     fn listen(&self, door: Door) -> io::Result<(TcpListener, bool)> {
@@ -107,6 +128,18 @@ impl External {
         Ok((socket.into(), transparent))
     }
 
+    fn dns(&self) -> io::Result<Option<Dns>> {
+        let prepare = |socket: &Socket| {
+            if let Some(mark) = self.settings.mark {
+                socket.set_mark(mark)?;
+            }
+            socket.set_reuse_address(true)?;
+            if self.settings.port_reuse { socket.set_reuse_port(true) } else { Ok(()) }
+        };
+        let open = |address| dns::open(address, self.settings.ipv6, prepare);
+        self.settings.dns.map(open).transpose()
+    }
+
     fn dial(&self, to: SocketAddr) -> io::Result<Socket> {
         let socket = socket::tcp(Domain::for_address(to))?;
         if let Some(mark) = self.settings.mark {
@@ -118,8 +151,17 @@ impl External {
 }
 
 impl Redirect for External {
-    fn enrol(&self, uid: &str, netns: &Netns) -> Result<Pod, CaptureError> {
+    fn enrol_with(
+        &self,
+        uid: &str,
+        netns: &Netns,
+        inherited: Option<Listeners>,
+    ) -> Result<Pod, CaptureError> {
         let open = || -> io::Result<_> {
+            if let Some(listeners) = inherited {
+                let transparent = SockRef::from(&listeners.outbound).ip_transparent_v4()?;
+                return Ok((listeners, transparent));
+            }
             let (outbound, transparent) = self.listen(Door::Outbound)?;
             let (inbound, _) = self.listen(Door::Inbound)?;
             let (hbone, _) = self.listen(Door::Hbone)?;
@@ -129,16 +171,20 @@ impl Redirect for External {
             .run(open)
             .map_err(CaptureError::kernel("enter the pod's network namespace"))?
             .map_err(CaptureError::kernel("listen in the pod"))?;
+        let dns = netns
+            .run(|| self.dns())
+            .map_err(CaptureError::kernel("enter the pod's network namespace"))?
+            .map_err(CaptureError::kernel("listen for DNS in the pod"))?;
         let recipe = Recipe::External(Captured { original_source });
-        Ok(Pod::new(uid, netns.clone(), listeners, recipe))
+        Ok(Pod::new(uid, netns.clone(), listeners, recipe).with_dns(dns))
     }
 
     fn remove(&self, _: &Pod) -> Result<(), CaptureError> {
         Ok(())
     }
 
-    fn finish(&self, _: &Pod) -> Result<(), CaptureError> {
-        Ok(())
+    fn finish(&self, _: &Pod) -> Result<bool, CaptureError> {
+        Ok(true)
     }
 
     fn prune(&self, _: &[String]) -> Result<(), CaptureError> {
@@ -163,6 +209,10 @@ impl Redirect for External {
 
     fn to_network(&self, pod: &Pod, to: SocketAddr) -> io::Result<Connecting> {
         pod.netns().run(|| socket::connect(self.dial(to)?, to))?
+    }
+
+    fn to_resolver(&self, pod: &Pod, to: SocketAddr) -> io::Result<std::net::UdpSocket> {
+        pod.netns().run(|| dns::to_server(self.settings.mark, to))?
     }
 
     fn to_application(

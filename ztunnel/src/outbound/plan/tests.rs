@@ -153,9 +153,59 @@ fn plans() {
 fn a_name_that_was_resolved_is_used() {
     let (state, source) = mesh();
     let ips: Arc<[IpAddr]> = ["192.0.2.9".parse().unwrap()].into();
-    let names = Resolved::from([("named.example".parse().unwrap(), ips)]);
+    let names = HashMap::from([("named.example".parse().unwrap(), ips)]);
+    let names = Resolved { names, ..Resolved::default() };
     let answer = decide(&state, &source, "10.1.0.13:80", 1, &names);
     assert_eq!(answer, "plain to 192.0.2.9:8080");
+}
+
+/// Each row: where to, and what is asked for, one after the other, before the plan.
+#[test]
+fn on_demand_what_is_not_known_is_asked_for_once() {
+    let (state, source) = mesh();
+    let mut config = PlanConfig::new(NetworkId::default());
+    config.on_demand = true;
+    let client = PeerAddr::from(SocketAddr::new(source.ips[0], 40000));
+    for (name, to, wanted, expect) in [
+        ("known", "10.0.0.2:7", &[][..], "tunnel to 10.0.0.2:15008 for 10.0.0.2:7"),
+        ("a service", "10.1.0.1:80", &[], "tunnel to 10.0.0.2:15008 for 10.0.0.2:8080"),
+        ("nobody", "192.0.2.1:80", &["/192.0.2.1"], "untouched to 192.0.2.1:80"),
+        ("ourselves", "127.0.0.1:15001", &[], "attempted recursive call to ourselves"),
+        // Not for this client; but known.
+        ("another namespace's own", "10.1.0.11:80", &[], "untouched to 10.1.0.11:80"),
+        (
+            "its waypoint",
+            "10.1.0.10:80",
+            &["ns/none.ns"],
+            "unknown waypoint: ns/none.ns: it has no healthy endpoint, or the control plane has not sent it",
+        ),
+        (
+            "its gateway",
+            "10.1.0.25:80",
+            &["/10.99.0.1"],
+            "unknown network gateway: /10.99.0.1: it has no healthy endpoint, or the control plane has not sent it",
+        ),
+        ("without an endpoint", "10.1.0.5:80", &[], "no healthy upstream: 10.1.0.5:80"),
+    ] {
+        let flow = Flow { client, to: to.parse::<SocketAddr>().unwrap().into(), seed: 1 };
+        let (mut told, mut asked) = (Resolved::default(), Vec::new());
+        let end = loop {
+            match state.read(|view| plan(view, &config, &told, &source, flow)) {
+                Verdict::Go(plan) => break plan.to_string(),
+                Verdict::Refuse(failure) => break failure.source.unwrap().to_string(),
+                Verdict::Need(Need::Key(key)) => {
+                    asked.push(key.to_string());
+                    assert!(told.answered.insert(key), "{name}: asked again");
+                }
+                Verdict::Need(need) => panic!("{name}: {need:?}"),
+            }
+        };
+        assert_eq!(
+            (asked, end.as_str()),
+            (wanted.iter().map(ToString::to_string).collect(), expect),
+            "{name}"
+        );
+    }
 }
 
 #[test]

@@ -171,6 +171,24 @@ fn a_vip_means_one_service_to_a_client() {
 }
 
 #[test]
+fn a_hostname_means_the_preferred_namespace_where_nothing_else_decides() {
+    let mut writer = writer().preferring("liked".parse().unwrap());
+    let handle = writer.handle();
+    let host = "s.x".parse().unwrap();
+    let of_host = |ns: &str| {
+        let found = handle.read(|view| view.service_of_host(&host, &ns.parse().unwrap()));
+        found.unwrap().key.namespace.to_string()
+    };
+    for name in ["first/s.x", "liked/s.x", "own/s.x"] {
+        writer.apply([service(name, &["10.1.0.1"]).into()]);
+    }
+    assert_eq!((of_host("else").as_str(), of_host("own").as_str()), ("liked", "own"));
+    assert_eq!(service_at(&handle, "10.1.0.1", "else").as_deref(), Some("first/s.x"), "by VIP");
+    writer.apply([Service { canonical: true, ..service("canon/s.x", &[]) }.into()]);
+    assert_eq!(of_host("else"), "canon");
+}
+
+#[test]
 fn what_is_known_already_changes_nothing() {
     let mut writer = writer();
     let handle = writer.handle();

@@ -270,12 +270,12 @@ async fn a_stream_from_end_to_end() {
     for kind in Kind::ALL {
         assert_eq!(soon(call.next()).await.type_url, kind.url());
     }
-    assert_eq!(bed.readiness.pending(), ["xds addresses", "xds policies"]);
+    assert_eq!(bed.readiness.pending(), ["state manager"]);
     call.send(Kind::Address, "n1", vec![workload("a"), workload("b")]).await;
     let ack = soon(call.next()).await;
     assert_eq!((ack.response_nonce.as_str(), ack.error_detail), ("n1", None));
     assert_eq!(bed.mesh.0.lock().unwrap().len(), 2, "in effect before it is acknowledged");
-    assert_eq!(bed.readiness.pending(), ["xds policies"]);
+    assert_eq!(bed.readiness.pending(), ["state manager"]);
 
     // The policies' handler refuses everything.
     let any = Any { type_url: Kind::Authorization.url().to_owned(), value: Vec::new() };
@@ -283,7 +283,7 @@ async fn a_stream_from_end_to_end() {
     call.send(Kind::Authorization, "n2", vec![policy]).await;
     let nack = soon(call.next()).await;
     assert_eq!(nack.error_detail.unwrap().message, "n/p: scope: unknown");
-    assert_eq!(bed.readiness.pending(), ["xds policies"]);
+    assert_eq!(bed.readiness.pending(), ["state manager"]);
     call.send(Kind::Authorization, "n3", vec![]).await;
     assert_eq!(soon(call.next()).await.error_detail, None);
     assert!(bed.readiness.pending().is_empty());
@@ -304,8 +304,13 @@ async fn a_stream_from_end_to_end() {
         format!(r#"istio_xds_message_total{{url="{url}"}} 1"#),
         format!(r#"istio_xds_message_bytes_total{{url="{url}"}} 12"#),
         format!(r#"istio_xds_rejected_resources_total{{url="{}"}} 1"#, Kind::Authorization.url()),
+        format!(r#"istio_xds_nacks_total{{url="{}"}} 1"#, Kind::Authorization.url()),
     ] {
         assert!(bed.counted(&sample), "{sample} is not in\n{}", bed.registry.render());
+    }
+    for kind in Kind::ALL {
+        let age = format!(r#"istio_xds_last_message_age_seconds{{url="{}"}}"#, kind.url());
+        assert!(bed.registry.render().contains(&age), "{age}");
     }
     bed.tasks.cancel();
 }
@@ -392,7 +397,7 @@ async fn asked_names_are_answered_when_they_are_in_effect() {
     let (address, mut calls) = control_plane(ca.server("127.0.0.1"), &bed.tasks).await;
     bed.write("root.pem", &ca.issuer.pem());
     bed.client(&address, None, true);
-    assert_eq!(bed.readiness.pending(), ["xds policies"]);
+    assert_eq!(bed.readiness.pending(), ["state manager"]);
     let mut call = soon(calls.recv()).await.unwrap();
     soon(call.next()).await;
     soon(call.next()).await;

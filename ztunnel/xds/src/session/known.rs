@@ -43,6 +43,10 @@ impl Known {
         self.0.len()
     }
 
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// Whether exactly this is in effect.
     pub(super) fn is(&self, name: &str, print: u64) -> bool {
         print != UNKNOWN && self.0.get(name).is_some_and(|(_, known)| *known == print)

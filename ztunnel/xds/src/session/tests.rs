@@ -245,10 +245,10 @@ fn on_demand_only_what_was_asked_for() {
     );
     assert!(policies.resource_names_subscribe.is_empty(), "policies are never on demand");
 
-    let request = script.session.demand("/10.0.0.1").unwrap();
+    let [request] = script.session.demand("/10.0.0.1").try_into().unwrap();
     assert_eq!(request.resource_names_subscribe, ["/10.0.0.1"]);
     assert!(request.node.is_none() && request.response_nonce.is_empty());
-    assert!(script.session.demand("/10.0.0.1").is_none(), "asked already");
+    assert!(script.session.demand("/10.0.0.1").is_empty(), "asked already");
     script.session.demand("ns/gone.example");
     // Not answered before the connection breaks: claimed without a version.
     assert_eq!(script.versions(Kind::Address), map(&[("/10.0.0.1", ""), ("ns/gone.example", "")]));
@@ -257,9 +257,13 @@ fn on_demand_only_what_was_asked_for() {
     let (_, answer) = script.take(response("n1", vec![simple("uid", "v")], &["ns/gone.example"]));
     assert_eq!(answer.answered, ["/10.0.0.1", "ns/gone.example"]);
     assert_eq!(script.versions(Kind::Address), map(&[("uid", "v")]));
-    assert!(script.session.demand("/10.0.0.1").is_some(), "may be asked for again");
+    assert_eq!(script.session.demand("/10.0.0.1").len(), 1, "new to this connection");
     let (handed, answer) = script.take(response("n2", vec![simple("uid", "v")], &[]));
     assert_eq!((handed.len(), answer.answered.as_slice()), (0, &["/10.0.0.1".to_owned()][..]));
+    // Asked for again: left first, because istiod answers only what is new.
+    let [leave, again] = script.session.demand("/10.0.0.1").try_into().unwrap();
+    assert_eq!(leave.resource_names_unsubscribe, ["/10.0.0.1"]);
+    assert_eq!(again.resource_names_subscribe, ["/10.0.0.1"]);
 }
 
 #[test]
@@ -293,5 +297,25 @@ fn a_service_answers_for_its_names() {
 
 #[test]
 fn with_everything_subscribed_nothing_is_asked_for() {
-    assert!(Script::new(false).session.demand("/10.0.0.1").is_none());
+    assert!(Script::new(false).session.demand("/10.0.0.1").is_empty());
+}
+
+#[test]
+fn names_that_were_answered_are_left_when_there_are_many() {
+    let mut script = Script::new(true);
+    script.session.demand("uid");
+    script.take(response("n", vec![simple("uid", "")], &[]));
+    let mut left = Vec::new();
+    for n in 0..2 * MOST_FOLLOWED {
+        let name = format!("/10.0.{}.{}", n / 256, n % 256);
+        script.session.demand(&name);
+        let (_, answer) = script.take(response("n", Vec::new(), &[&name]));
+        assert!(script.session.followed.len() <= MOST_FOLLOWED);
+        left.extend(answer.leave.into_iter().flat_map(|leave| leave.resource_names_unsubscribe));
+    }
+    assert!(left.len() >= MOST_FOLLOWED);
+    assert!(!left.contains(&"uid".to_owned()), "changes of a resource are still wanted");
+    // A new connection follows nothing yet.
+    script.session.connect();
+    assert_eq!(script.session.demand("/10.0.0.1").len(), 1);
 }

@@ -9,12 +9,12 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::{
     error::Error,
     io,
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::Ordering},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV6_IFADDR`.
-const GROUPS: u32 = 0x1 | 0x10 | 0x100;
+/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV6_IFADDR`, and the groups of rules, 8 and 19.
+const GROUPS: u32 = 0x1 | 0x10 | 0x100 | 1 << 7 | 1 << 18;
 
 /// Waits for changes of a pod's namespace.
 pub(in crate::redirect) struct Follower {
@@ -83,8 +83,17 @@ impl Shared {
             if state.withdrawn {
                 return Ok(());
             }
-            let here = Surroundings::look()?;
             let mut rules = Rules::open()?;
+            // Somebody else has withdrawn it (`ztunnel release`): what lives goes on, as if it had been us.
+            if !rules.capturing()? {
+                tracing::info!("a pod's capture was withdrawn by somebody else");
+                self.leaving.store(true, Ordering::Release);
+                state.withdrawn = true;
+                state.program = None;
+                self.left.begin(self.netns.id(), self.found);
+                return Ok(());
+            }
+            let here = Surroundings::look()?;
             if let Some(program) = &mut state.program {
                 program.learn(&here.addresses)?;
                 if self.ingress {
@@ -93,9 +102,7 @@ impl Shared {
             }
             rules.routes(&here)?;
             // Where IPv6 came back its rule is a stop until now.
-            if rules.capturing()? {
-                rules.capture()?;
-            }
+            rules.capture(self.dns)?;
             *self.own.write().unwrap_or_else(PoisonError::into_inner) = here.addresses;
             Ok(())
         })?

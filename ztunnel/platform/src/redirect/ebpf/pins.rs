@@ -98,9 +98,16 @@ pub(super) fn namespace(pod: &Path) -> Option<u32> {
     sys::attached(&link).ok().flatten().map(|attached| attached.netns)
 }
 
+/// The id of the program that is pinned.
+pub(super) fn program(pod: &Path) -> Option<u32> {
+    let link = sys::pinned(&pod.join(LINK)).ok()?;
+    sys::attached(&link).ok().flatten().map(|attached| attached.program)
+}
+
 /// Detaches what is pinned for this namespace, and forgets it. What is another's stays.
 pub(super) fn withdraw(pod: &Path, netns: NetnsId) -> io::Result<()> {
-    if namespace(pod).is_some_and(|ino| u64::from(ino) != netns.ino) {
+    // 0: it was this one, or is nobody's any more.
+    if namespace(pod).is_some_and(|ino| ino != 0 && u64::from(ino) != netns.ino) {
         return Ok(());
     }
     for link in links(pod) {

@@ -5,8 +5,12 @@ use super::{
     pins::{self, ENTRANCE, LINK},
     rules::{Device, Surroundings},
     sys,
+    sysctls::Found,
 };
-use crate::{netns::Netns, redirect::Listeners};
+use crate::{
+    netns::Netns,
+    redirect::{Dns, Listeners},
+};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, SockMap},
@@ -39,6 +43,8 @@ pub(super) struct Program {
     self_ips: HashMap<MapData, Key, u8>,
     probe_ips: HashMap<MapData, Key, u8>,
     cfg: Array<MapData, u32>,
+    /// The kernel's number of `steer`.
+    id: u32,
     links: Vec<FdLink>,
     /// Devices whose entrance has `mark_in`.
     entrances: HashSet<u32>,
@@ -54,10 +60,12 @@ impl fmt::Debug for Program {
 /// What is put into the maps.
 pub(super) struct Contents<'a> {
     pub(super) listeners: &'a Listeners,
+    pub(super) dns: Option<&'a Dns>,
     pub(super) here: &'a Surroundings,
     pub(super) probes: &'a [IpAddr],
     pub(super) ingress: bool,
     pub(super) generation: u32,
+    pub(super) found: Found,
 }
 
 /// In the layout of [`mesh_ebpf_common::Address`].
@@ -111,6 +119,7 @@ impl Program {
             self_ips: Map::HashMap(map("self_ips")?).try_into()?,
             probe_ips: Map::HashMap(map("probe_ips")?).try_into()?,
             cfg,
+            id: attached.program,
             links: Vec::new(),
             entrances: entrances.filter(|index| *index != 0).collect(),
             folder: Some(folder.to_owned()),
@@ -133,8 +142,9 @@ impl Program {
         let mut program = Self::take(&mut object, new.as_deref())
             .map_err(CaptureError::kernel("set up the maps"))?;
         program.fill(contents)?;
-        let link =
+        let (link, id) =
             Self::steer(&mut object, netns).map_err(CaptureError::kernel("attach the program"))?;
+        program.id = id;
         program
             .hold(link, new.as_deref(), LINK)
             .map_err(CaptureError::kernel("pin the program"))?;
@@ -165,6 +175,7 @@ impl Program {
             self_ips: map("SELF_IPS")?.try_into()?,
             probe_ips: map("PROBE_IPS")?.try_into()?,
             cfg,
+            id: 0,
             links: Vec::new(),
             entrances: HashSet::new(),
             folder: None,
@@ -178,12 +189,13 @@ impl Program {
         Ok(program)
     }
 
-    fn steer(object: &mut Ebpf, netns: &Netns) -> Result<FdLink, Fault> {
+    fn steer(object: &mut Ebpf, netns: &Netns) -> Result<(FdLink, u32), Fault> {
         let program = object.program_mut("steer").ok_or_else(|| missing("steer"))?;
         let program: &mut SkLookup = program.try_into()?;
         program.load()?;
+        let number = program.info()?.id();
         let id = program.attach(netns.as_fd())?;
-        Ok(program.take_link(id)?.into())
+        Ok((program.take_link(id)?.into(), number))
     }
 
     fn hold(&mut self, link: FdLink, folder: Option<&Path>, name: &str) -> Result<(), Fault> {
@@ -194,9 +206,30 @@ impl Program {
         Ok(())
     }
 
-    /// The generation of whoever is in the slots.
-    pub(super) fn generation(&self) -> u32 {
-        self.cfg.get(&cfg::GENERATION, 0).unwrap_or(0)
+    /// The generation of whoever is in the slots of what is pinned, even if that is not to be adopted: the
+    /// next one must be told from it.
+    pub(super) fn pinned_generation(folder: &Path) -> u32 {
+        pinned_word(folder, cfg::GENERATION).unwrap_or(0)
+    }
+
+    /// How the sysctls were before what is pinned captured.
+    pub(super) fn pinned_found(folder: &Path) -> Option<Found> {
+        let ours = pinned_word(folder, cfg::LAYOUT) == Some(LAYOUT_VERSION);
+        ours.then(|| pinned_word(folder, cfg::FOUND).and_then(Found::from_word)).flatten()
+    }
+
+    /// Whether somebody else's listeners are in the slots, or somebody else's program is in the place of this.
+    pub(super) fn is_taken_over(&self, generation: u32) -> bool {
+        let replaced = || {
+            let pinned = self.folder.as_deref().and_then(pins::program);
+            pinned.is_some_and(|id| id != self.id)
+        };
+        self.cfg.get(&cfg::GENERATION, 0).unwrap_or(0) != generation || replaced()
+    }
+
+    /// Whether another process can find it, and take over.
+    pub(super) const fn is_pinned(&self) -> bool {
+        self.folder.is_some()
     }
 
     /// Puts all of it into the maps. Each swap of a listener is atomic. The generation is last: it tells the
@@ -208,8 +241,18 @@ impl Program {
     fn fill_maps(&mut self, contents: &Contents<'_>) -> Result<(), Fault> {
         replace(&mut self.self_ips, &contents.here.addresses)?;
         replace(&mut self.probe_ips, contents.probes)?;
-        let flags = if contents.ingress { flag::BYPASS_INBOUND } else { 0 };
-        self.cfg.set(cfg::FLAGS, flags, 0)?;
+        let bypass = if contents.ingress { flag::BYPASS_INBOUND } else { 0 };
+        // Their slots first: what is steered to an empty one is lost.
+        let dns = if let Some(Dns { tcp, udp }) = contents.dns {
+            tcp.iter().try_for_each(|tcp| self.socks.set(slot::DNS_TCP, tcp, 0))?;
+            udp.iter().try_for_each(|udp| self.socks.set(slot::DNS_UDP, udp, 0))?;
+            flag::DNS
+        } else {
+            0
+        };
+        // Exact: the listeners of two generations are one `SO_REUSEPORT` group, and only the newest is meant.
+        self.cfg.set(cfg::FLAGS, bypass | dns | flag::EXACT, 0)?;
+        self.cfg.set(cfg::FOUND, contents.found.word(), 0)?;
         let Listeners { outbound, inbound, hbone } = contents.listeners;
         self.socks.set(slot::OUTBOUND, outbound, 0)?;
         self.socks.set(slot::INBOUND, inbound, 0)?;
@@ -247,6 +290,62 @@ impl Program {
         }
         Ok(())
     }
+}
+
+#[cfg(test)]
+impl Program {
+    /// The kernel's number of `steer`.
+    pub(super) const fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Sets a word of the configuration.
+    pub(super) fn set_word(&mut self, index: u32, value: u32) {
+        self.cfg.set(index, value, 0).unwrap();
+    }
+
+    /// Sets a word of the configuration that is pinned.
+    pub(super) fn set_pinned_word(folder: &Path, index: u32, value: u32) {
+        let map = MapData::from_pin(folder.join("cfg")).unwrap();
+        let mut cfg: Array<MapData, u32> = Map::Array(map).try_into().unwrap();
+        cfg.set(index, value, 0).unwrap();
+    }
+
+    pub(super) fn clear(&mut self, slot: u32) {
+        self.socks.clear_index(&slot).unwrap();
+    }
+
+    pub(super) fn put(&mut self, slot: u32, listener: &std::net::TcpListener) {
+        self.socks.set(slot, listener, 0).unwrap();
+    }
+
+    /// Of all CPUs together.
+    pub(super) fn counters(&self) -> Vec<u64> {
+        let ids = sys::maps_of(self.id).unwrap();
+        let maps = ids.into_iter().map(|id| MapData::from_id(id).unwrap());
+        let mut stats = maps.filter(|map| map.info().unwrap().name_as_str() == Some("STATS"));
+        let map = Map::PerCpuArray(stats.next().unwrap());
+        let stats: aya::maps::PerCpuArray<MapData, u64> = map.try_into().unwrap();
+        let sum = |index| stats.get(&index, 0).unwrap().iter().sum();
+        (0..mesh_ebpf_common::stat::COUNT).map(sum).collect()
+    }
+}
+
+/// Runs `mark_in` on this context.
+#[cfg(test)]
+pub(super) fn test_mark_in(context: &mut [u8]) -> u32 {
+    let mut object = load().unwrap();
+    let program: &mut SchedClassifier = object.program_mut("mark_in").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let id = program.info().unwrap().id();
+    sys::test_run_on(id, context, &[0; 64]).unwrap()
+}
+
+/// A word of the configuration that is pinned.
+fn pinned_word(folder: &Path, index: u32) -> Option<u32> {
+    let map = MapData::from_pin(folder.join("cfg")).ok()?;
+    let cfg: Array<MapData, u32> = Map::Array(map).try_into().ok()?;
+    cfg.get(&index, 0).ok()
 }
 
 /// Makes the map hold these addresses: what is new first, then away with what is gone.

@@ -3,12 +3,12 @@
 
 use super::netlink::Netlink;
 use crate::socket;
-use mesh_ebpf_common::{MARK, MARK_LEAVING, MARK_MASK};
+use mesh_ebpf_common::{DNS_PORT, MARK, MARK_LEAVING, MARK_MASK};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, IpProtocol, RouteNetlinkMessage,
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use nix::{ifaddrs::getifaddrs, net::if_::if_nameindex};
 use socket2::Domain;
@@ -112,8 +112,9 @@ impl Rules {
 
     /// What lets probes and our own sockets past. Harmless at any time.
     pub(super) fn escape(&mut self, probes: &[IpAddr]) -> io::Result<()> {
+        let mut all = Vec::new();
         for family in self.families.clone() {
-            self.add(rule(family, LANDING, RuleAction::Nop))?;
+            all.push(rule(family, LANDING, RuleAction::Nop));
             for probe in
                 probes.iter().filter(|probe| probe.is_ipv6() == (family == AddressFamily::Inet6))
             {
@@ -122,15 +123,15 @@ impl Rules {
                 message
                     .attributes
                     .extend([RuleAttribute::Destination(*probe), RuleAttribute::Goto(LANDING)]);
-                self.add(message)?;
+                all.push(message);
             }
             // Not `not fwmark` in the rule that captures: `not` inverts the whole rule.
             let mut message = rule(family, ESCAPE, RuleAction::Goto);
             message.attributes.extend(marked(MARK));
             message.attributes.push(RuleAttribute::Goto(LANDING));
-            self.add(message)?;
+            all.push(message);
         }
-        Ok(())
+        self.add_all(all)
     }
 
     /// Routes everything in our table to ourselves, from unbound sockets and from those bound to a device.
@@ -190,17 +191,30 @@ impl Rules {
         self.netlink.change(RouteNetlinkMessage::NewRoute(message), flags)
     }
 
-    /// Begins capture. Where IPv6 is off, a stop for the day it is not.
-    pub(super) fn capture(&mut self) -> io::Result<()> {
+    /// Begins capture. Where IPv6 is off, a stop for the day it is not. In one packet: what is dialled between
+    /// the marking of what lives and the last of these is reset.
+    pub(super) fn capture(&mut self, dns: bool) -> io::Result<()> {
+        let (mut adds, mut stops) = (Vec::new(), Vec::new());
+        if !dns {
+            // What is led here and steered nowhere would be lost.
+            self.delete_at(&[CAPTURE_DNS])?;
+        }
         for family in self.families.clone() {
+            let stop = tcp_from_here(family, CAPTURE, RuleAction::Prohibit);
             if family == AddressFamily::Inet6 && !self.v6 {
-                self.add(tcp_from_here(family, CAPTURE, RuleAction::Prohibit))?;
+                adds.push(stop);
+                adds.extend(dns.then(|| dns_from_here(family, RuleAction::Prohibit)));
                 continue;
             }
-            self.add(to_table(tcp_from_here(family, CAPTURE, RuleAction::ToTable)))?;
-            self.delete(tcp_from_here(family, CAPTURE, RuleAction::Prohibit))?;
+            adds.push(to_table(tcp_from_here(family, CAPTURE, RuleAction::ToTable)));
+            stops.push(stop);
+            if dns {
+                adds.push(to_table(dns_from_here(family, RuleAction::ToTable)));
+                stops.push(dns_from_here(family, RuleAction::Prohibit));
+            }
         }
-        Ok(())
+        self.add_all(adds)?;
+        stops.into_iter().try_for_each(|stop| self.delete(stop))
     }
 
     /// Connections that go on through the proxy keep our table by their mark.
@@ -213,14 +227,21 @@ impl Rules {
         Ok(())
     }
 
-    /// Ends capture of what is new.
+    /// Ends capture of what is new, in one packet.
     pub(super) fn end_capture(&mut self) -> io::Result<()> {
-        for rule in self.rules()? {
-            if is_ours(&rule) && [CAPTURE, CAPTURE_DNS].contains(&priority(&rule)) {
-                self.delete(rule)?;
-            }
-        }
-        Ok(())
+        self.delete_at(&[CAPTURE, CAPTURE_DNS])
+    }
+
+    /// Takes away the rule of the connections that go on: none is left.
+    pub(super) fn end_leaving(&mut self) -> io::Result<()> {
+        self.delete_at(&[LEAVING])
+    }
+
+    fn delete_at(&mut self, places: &[u32]) -> io::Result<()> {
+        let chosen = |rule: &RuleMessage| is_ours(rule) && places.contains(&priority(rule));
+        let messages = self.rules()?.into_iter().filter(chosen);
+        let messages = messages.map(|rule| (RouteNetlinkMessage::DelRule(rule), 0)).collect();
+        self.netlink.batch(messages)?.into_iter().try_for_each(gone)
     }
 
     /// Takes away all that is ours.
@@ -288,11 +309,17 @@ impl Rules {
     }
 
     fn add(&mut self, message: RuleMessage) -> io::Result<()> {
-        match self.netlink.change(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE | NLM_F_EXCL)
-        {
+        self.add_all(vec![message])
+    }
+
+    fn add_all(&mut self, messages: Vec<RuleMessage>) -> io::Result<()> {
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        let messages =
+            messages.into_iter().map(|rule| (RouteNetlinkMessage::NewRule(rule), flags)).collect();
+        self.netlink.batch(messages)?.into_iter().try_for_each(|answer| match answer {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             result => result,
-        }
+        })
     }
 
     fn delete(&mut self, message: RuleMessage) -> io::Result<()> {
@@ -334,6 +361,17 @@ fn tcp_from_here(family: AddressFamily, priority: u32, action: RuleAction) -> Ru
     message.attributes.extend([
         RuleAttribute::Iifname("lo".to_owned()),
         RuleAttribute::IpProtocol(IpProtocol::Tcp),
+    ]);
+    message
+}
+
+/// Datagrams to a DNS server.
+fn dns_from_here(family: AddressFamily, action: RuleAction) -> RuleMessage {
+    let mut message = rule(family, CAPTURE_DNS, action);
+    message.attributes.extend([
+        RuleAttribute::Iifname("lo".to_owned()),
+        RuleAttribute::IpProtocol(IpProtocol::Udp),
+        RuleAttribute::DestinationPortRange(RulePortRange { start: DNS_PORT, end: DNS_PORT }),
     ]);
     message
 }

@@ -5,7 +5,7 @@ use crate::{
     socket::{self, Connecting},
 };
 use mesh_ebpf_common::{MARK, MARK_LEAVING};
-use socket2::{Domain, Socket};
+use socket2::{Domain, SockRef, Socket};
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
@@ -38,29 +38,41 @@ pub(super) fn listeners(options: &SocketOptions, generation: u32) -> io::Result<
     })
 }
 
-/// A listener for both families. Its address is one that nobody can reach, so that only the program leads to
-/// it: of TEST-NET-1, one for each generation, and IPv4-mapped: an IPv6 address would make it IPv6 only.
-fn listener(generation: u32, port: u16) -> io::Result<TcpListener> {
-    let last = u8::try_from(1 + generation % 250).map_err(io::Error::other)?;
-    let phantom = Ipv4Addr::new(192, 0, 2, last);
+/// Another process's listeners, as ours from now on: what they accept bears our generation.
+pub(super) fn inherit(listeners: Listeners, generation: u32) -> io::Result<Listeners> {
+    for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+        SockRef::from(listener).set_mark(mark(generation))?;
+        listener.set_nonblocking(true)?;
+    }
+    Ok(listeners)
+}
+
+/// Nobody's address (TEST-NET-1): only the program leads to a listener there. One for all generations, so that
+/// they are one `SO_REUSEPORT` group: where one dies, the kernel hands what waits for it to the next
+/// (`tcp_migrate_req`). The program names the very socket that it means, whatever the group.
+pub(super) const PHANTOM: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// A listener for both families. Its address is IPv4-mapped: an IPv6 address would make it IPv6 only.
+pub(super) fn listener(generation: u32, port: u16) -> io::Result<TcpListener> {
     let (socket, ip) = match socket::tcp(Domain::IPV6) {
         Ok(socket) => {
             socket.set_only_v6(false)?;
             socket::set_transparent(&socket, Domain::IPV6)?;
-            (socket, IpAddr::from(phantom.to_ipv6_mapped()))
+            (socket, IpAddr::from(PHANTOM.to_ipv6_mapped()))
         }
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
             let socket = socket::tcp(Domain::IPV4)?;
             socket::set_transparent(&socket, Domain::IPV4)?;
-            (socket, phantom.into())
+            (socket, PHANTOM.into())
         }
         Err(error) => return Err(error),
     };
     // Accepted sockets have it from here: an application may bind the port of a connection's destination.
     socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
     socket.set_mark(mark(generation))?;
     match socket.bind(&SocketAddr::new(ip, port).into()) {
-        // The application's own, or an earlier process's. The port means nothing to the program.
+        // The application's own. The port means nothing to the program.
         Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {
             socket.bind(&SocketAddr::new(ip, 0).into())?;
         }

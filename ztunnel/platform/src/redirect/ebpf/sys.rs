@@ -14,6 +14,8 @@ use std::{
 };
 
 const OBJ_GET: i32 = 7;
+#[cfg(test)]
+const PROG_TEST_RUN: i32 = 10;
 const PROG_GET_FD_BY_ID: i32 = 13;
 const OBJ_GET_INFO_BY_FD: i32 = 15;
 const LINK_DETACH: i32 = 34;
@@ -113,18 +115,60 @@ pub(super) fn maps_of(program: u32) -> io::Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// Runs a program on a context, which it may change. Returns its verdict.
+#[cfg(test)]
+pub(super) fn test_run(program: u32, context: &mut [u8]) -> io::Result<u32> {
+    test_run_on(program, context, &[])
+}
+
+/// The same with a packet.
+#[cfg(test)]
+pub(super) fn test_run_on(program: u32, context: &mut [u8], packet: &[u8]) -> io::Result<u32> {
+    // SAFETY: no pointers.
+    let program = unsafe { bpf(PROG_GET_FD_BY_ID, &mut [pair(program, 0), 0]) }.map(owned)?;
+    let length = u32::try_from(context.len()).map_err(io::Error::other)?;
+    let size = u32::try_from(packet.len()).map_err(io::Error::other)?;
+    let data = if packet.is_empty() { 0 } else { packet.as_ptr() as u64 };
+    let place = context.as_mut_ptr() as u64;
+    // prog_fd, retval; data_size_in, data_size_out; data_in; data_out; repeat, duration; ctx_size_in and
+    // _out; ctx_in; ctx_out; flags, cpu; batch_size.
+    let mut attr = [
+        pair(number(&program), 0),
+        pair(size, 0),
+        data,
+        0,
+        pair(1, 0),
+        pair(length, length),
+        place,
+        place,
+        0,
+        0,
+    ];
+    // SAFETY: the kernel reads and writes `length` bytes of the context, and reads `size` of the packet.
+    unsafe { bpf(PROG_TEST_RUN, &mut attr) }?;
+    let [first, ..] = attr;
+    Ok(halves(first).1)
+}
+
 /// Detaches a link, whoever holds it.
 pub(super) fn detach(link: &OwnedFd) -> io::Result<()> {
     // SAFETY: no pointers.
     unsafe { bpf(LINK_DETACH, &mut [pair(number(link), 0)]) }.map(drop)
 }
 
+/// Reads a sysctl of this namespace.
+pub(super) fn read_sysctl(key: &str) -> io::Result<String> {
+    Ok(std::fs::read_to_string(format!("/proc/sys/{key}"))?.trim().to_owned())
+}
+
 /// Writes a sysctl of this namespace. In a container `/proc/sys` is read-only as a rule: then through a
 /// procfs that is mounted nowhere.
 pub(super) fn sysctl(key: &str, value: &str) -> io::Result<()> {
     let path = format!("/proc/sys/{key}");
-    if std::fs::read_to_string(&path).is_ok_and(|now| now.trim() == value) {
-        return Ok(());
+    match read_sysctl(key) {
+        Ok(now) if now == value => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(error),
+        Ok(_) | Err(_) => (),
     }
     if std::fs::write(&path, value).is_ok() {
         return Ok(());

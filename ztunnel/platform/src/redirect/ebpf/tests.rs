@@ -1,10 +1,15 @@
 //! Against the kernel, as root: a pod and a peer, in namespaces of their own that a veth joins.
 
 mod lab;
+mod pinned;
+mod steering;
+mod takeover;
 
 use super::{Ebpf, Settings, pins, sys};
 use crate::redirect::{CaptureError, Redirect};
-use lab::{FAMILIES, Family, Lab, accept, accept_none, dial, dial_in_vain, echo, finish, listen};
+use lab::{
+    FAMILIES, Family, Lab, accept, accept_none, dial, dial_in_vain, echo, finish, listen, until,
+};
 use mesh_core::OriginalDst;
 use std::{
     io::Write,
@@ -272,9 +277,14 @@ fn what_lives_survives_enrolment_and_release() {
         all_live(&[(dial(&lab.pod, None, SocketAddr::new(peer, 8080)).unwrap(), accept(server).0)]);
         all_live(&[(dial(&lab.peer, None, to).unwrap(), accept(app).0)]);
     }
+    assert!(!redirect.finish(&pod).unwrap(), "not while a connection lives");
+    assert_ne!(lab.traces(), "");
+    all_live(&through);
+    // Both ends, so that none is left half-closed.
     drop(through);
-    redirect.finish(&pod).unwrap();
+    until(|| redirect.finish(&pod).unwrap());
     assert_eq!(lab.traces(), "");
+    assert_eq!(lab.sysctls(), [0, 0, 0, 0], "as they were");
     all_live(&before);
 }
 
@@ -286,13 +296,18 @@ fn a_pod_that_is_back_is_not_finished() {
     redirect.remove(&first).unwrap();
     let second = redirect.enrol(UID, &lab.pod).unwrap();
     redirect.remove(&first).unwrap();
-    redirect.finish(&first).unwrap();
+    assert!(redirect.finish(&first).unwrap());
     drop(first);
     let listeners = second.take_listeners().unwrap();
     for Family { peer, .. } in FAMILIES {
         let _client = dial(&lab.pod, None, SocketAddr::new(peer, 8080)).unwrap();
         accept(&listeners.outbound);
     }
+    // What the first one left on is not what the second one found.
+    redirect.remove(&second).unwrap();
+    drop(listeners);
+    until(|| redirect.finish(&second).unwrap());
+    assert_eq!((lab.traces().as_str(), lab.sysctls()), ("", [0, 0, 0, 0]));
 }
 
 #[test]
@@ -311,7 +326,7 @@ fn release_and_prune_find_the_pods_of_others() {
             assert_eq!(redirect.release(Some(UID)).unwrap(), [UID]);
         }
         assert!(pins::uids(&lab.pins()).unwrap().is_empty());
-        assert_eq!(lab.traces(), "");
+        assert_eq!((lab.traces().as_str(), lab.sysctls()), ("", [0, 0, 0, 0]));
         for Family { peer, .. } in FAMILIES {
             let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
             let _client = dial(&lab.pod, None, SocketAddr::new(peer, 8080)).unwrap();
@@ -402,6 +417,10 @@ fn ingress_is_left_alone_but_for_tunnels() {
         accept(&listeners.outbound);
     }
     assert!(accept_none(&listeners.inbound));
+    redirect.remove(&pod).unwrap();
+    lab::close(listeners);
+    until(|| redirect.finish(&pod).unwrap());
+    assert_eq!((lab.traces().as_str(), lab.sysctls()), ("", [0, 0, 0, 0]));
 }
 
 #[test]

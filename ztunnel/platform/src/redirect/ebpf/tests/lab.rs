@@ -1,5 +1,6 @@
 //! Two namespaces, a veth, and sockets that block, but not for ever.
 
+use super::super::sysctls::Found;
 use crate::{netns::Netns, socket::Connecting};
 use nix::mount::{MntFlags, umount2};
 use socket2::{Domain, SockRef, Socket, Type};
@@ -109,6 +110,23 @@ impl Lab {
             }
         }
         left
+    }
+}
+
+impl Lab {
+    /// What capture may change of the pod, as it is now.
+    pub(super) fn sysctls(&self) -> [u32; 4] {
+        let word = self.pod.run(Found::here).unwrap().word();
+        [0, 1, 2, 3].map(|bit| word >> bit & 1)
+    }
+}
+
+/// Waits for it.
+pub(super) fn until(mut is: impl FnMut() -> bool) {
+    let began = tokio::time::Instant::now();
+    while !is() {
+        assert!(began.elapsed() < SOON, "waited in vain");
+        std::thread::yield_now();
     }
 }
 

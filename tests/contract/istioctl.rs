@@ -1,0 +1,157 @@
+//! The real `istioctl ztunnel-config` reads our `/config_dump`.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use mesh_tests::{
+    mesh::{hostname, identity},
+    scene::{TCP, web},
+    wait::{self, SOON},
+};
+use serde_json::Value;
+
+use crate::world::World;
+
+/// Where tests/realmesh builds it.
+fn binary() -> Option<PathBuf> {
+    let home = PathBuf::from("/root/.cache/ambient-mesh/realmesh/bin/istioctl");
+    home.is_file().then_some(home).or_else(|| mesh_tests::program::installed("istioctl"))
+}
+
+struct Istioctl {
+    program: PathBuf,
+    dump: PathBuf,
+}
+
+impl Istioctl {
+    fn run(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new(&self.program);
+        command.arg("ztunnel-config").args(arguments).arg("--file").arg(&self.dump);
+        // It is not to find any cluster.
+        let ran = command.env("KUBECONFIG", "/dev/null").output().unwrap();
+        let (out, err) = (String::from_utf8(ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        assert!(ran.status.success(), "istioctl {arguments:?}: {err}");
+        out.unwrap()
+    }
+
+    /// The rows of a summary, by their columns, without the head.
+    fn rows(&self, arguments: &[&str]) -> Vec<Vec<String>> {
+        let said = self.run(arguments);
+        let row = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+        said.lines().skip(1).map(row).collect()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let mut arguments = arguments.to_vec();
+        arguments.extend(["-o", "json"]);
+        serde_json::from_str(&self.run(&arguments)).unwrap()
+    }
+}
+
+fn row(rows: &[Vec<String>], column: usize, value: &str) -> Vec<String> {
+    let found = rows.iter().find(|row| row.get(column).is_some_and(|cell| cell == value));
+    found.unwrap_or_else(|| panic!("no {value} in {rows:?}")).clone()
+}
+
+#[test]
+fn istioctl_reads_the_dump() {
+    let Some(program) = binary() else {
+        panic!(
+            "istioctl is not built: run `tests/run realmesh`, or in tests/realmesh (Go 1.26) \
+             `go build -o /root/.cache/ambient-mesh/realmesh/bin/istioctl ./cmd/istioctl`"
+        );
+    };
+    let world = World::start(&[]).unwrap();
+    let scene = &world.scene;
+    wait::retry("an echo", SOON, || scene.client.tcp(web(TCP)[0], &["echo", "x"])?.ok()).unwrap();
+    let mut open = scene.client.spawn(["tcp", &web(TCP)[0].to_string(), "hold"]).unwrap();
+    open.says("open", SOON).unwrap();
+    let [outbound, inbound] = [(&scene.a, "a"), (&scene.b, "b")].map(|(node, name)| {
+        let text = node.with_proxy(|proxy| proxy.admin("GET", "/config_dump")).unwrap().body;
+        let dump = scene.lab.folder().join(format!("{name}.json"));
+        fs::write(&dump, text).unwrap();
+        Istioctl { program: program.clone(), dump }
+    });
+    summaries(&world, &outbound);
+    details(&outbound);
+    let connection = |of: &Istioctl, workload: &str| row(&of.rows(&["connections"]), 0, workload);
+    let seen = connection(&outbound, "client.lab");
+    let server = format!("server.lab:{}", mesh_tests::scene::TUNNEL);
+    let target = format!("{}:{TCP}", hostname("web"));
+    assert_eq!(seen[1], "Outbound");
+    assert!(seen[2].starts_with("client.lab:"), "{seen:?}");
+    assert_eq!(seen[3..], [server, target, "HBONE".to_owned()], "{seen:?}");
+    let seen = connection(&inbound, "server.lab");
+    assert_eq!((seen[1].as_str(), seen[2].as_str()), ("Inbound", "server.lab:9000"), "{seen:?}");
+    // The waypoint of a workload by the name of its service, as a rest of the dump that is empty.
+    for part in ["all"] {
+        let said = outbound.run(&[part]);
+        for word in ["client", "wide", "everywhere", &identity("client")] {
+            assert!(said.contains(word), "{word} in {said}");
+        }
+    }
+}
+
+fn summaries(world: &World, istioctl: &Istioctl) {
+    let scene = &world.scene;
+    let workloads = istioctl.rows(&["workloads"]);
+    let ips = format!("{},{}", scene.client.v4(), scene.client.v6());
+    assert_eq!(row(&workloads, 1, "client"), ["lab", "client", &ips, "a", "None", "HBONE"]);
+    // By the name of the service that its waypoint is, and by its name where it has no address.
+    let wide = row(&workloads, 1, "wide-1");
+    assert_eq!(wide, ["lab", "wide-1", "10.9.9.9", "elsewhere", "wide", "HBONE"]);
+    assert_eq!(row(&workloads, 1, "named")[2], "localhost");
+    let services = istioctl.rows(&["services"]);
+    let vips = web(TCP).map(|vip| vip.ip().to_string()).join(",");
+    assert_eq!(row(&services, 1, "web"), ["lab", "web", &vips, "None", "1/1"]);
+    // Of its one endpoint, none is healthy.
+    assert_eq!(row(&services, 1, "wide"), ["lab", "wide", "10.96.9.9", "wide", "0/1"]);
+    let policies = istioctl.rows(&["policies"]);
+    assert_eq!(row(&policies, 1, "wide"), ["lab", "wide", "Deny", "WorkloadSelector"]);
+    assert_eq!(row(&policies, 1, "everywhere")[3], "Global");
+    let certificates = istioctl.rows(&["certificates"]);
+    let own: Vec<_> = certificates.iter().filter(|row| row[0] == identity("client")).collect();
+    let types: Vec<_> = own.iter().map(|row| row[1].as_str()).collect();
+    assert_eq!(types, ["Leaf", "Root"], "{certificates:?}");
+    for certificate in own {
+        assert_eq!(certificate[2..4], ["Available", "true"], "{certificate:?}");
+        assert!(certificate[4].bytes().all(|digit| digit.is_ascii_hexdigit()), "{certificate:?}");
+    }
+}
+
+/// What goes through its own types and back out.
+fn details(istioctl: &Istioctl) {
+    let workloads = istioctl.json(&["workloads"]);
+    let find = |list: &Value, key: &str, value: &str| {
+        list.as_array().unwrap().iter().find(|one| one[key] == value).unwrap().clone()
+    };
+    let wide = find(&workloads, "name", "wide-1");
+    for (key, value) in [
+        ("uid", "far//Pod/lab/wide-1"),
+        ("network", "far"),
+        ("trustDomain", "far.example"),
+        ("status", "Unhealthy"),
+        ("workloadType", "pod"),
+        ("canonicalRevision", "v2"),
+        ("clusterId", "far"),
+    ] {
+        assert_eq!(wide[key], value, "{key} in {wide}");
+    }
+    assert_eq!(wide["networkGateway"]["destination"], "far/10.96.9.9");
+    assert_eq!(wide["applicationTunnel"]["port"], 15088);
+    assert_eq!(wide["locality"]["subzone"], "s");
+    assert_eq!(wide["authorizationPolicies"][0], "lab/wide");
+    assert_eq!(wide["capacity"], 3);
+    let service = find(&istioctl.json(&["services"]), "name", "wide");
+    assert_eq!(service["loadBalancer"]["mode"], "Failover", "{service}");
+    assert_eq!(service["ipFamilies"], "IPv4");
+    assert_eq!(service["endpoints"]["far//Pod/lab/wide-1"]["port"]["80"], 8081, "{service}");
+    let policy = find(&istioctl.json(&["policies"]), "name", "wide");
+    let one = &policy["rules"][0][0][0];
+    assert_eq!(one["principals"][0]["Exact"], "x", "{policy}");
+    assert_eq!(one["notDestinationPorts"][0], 81, "{policy}");
+    assert_eq!(one["serviceAccounts"][0]["serviceAccount"], "x", "{policy}");
+    let certificates = istioctl.json(&["certificates"]);
+    assert_eq!(find(&certificates, "identity", &identity("client"))["state"], "Available");
+    let all = istioctl.json(&["all"]);
+    assert!(all.to_string().contains("\"workloads\"") || all.is_object(), "{all:.80}");
+}

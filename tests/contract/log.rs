@@ -1,0 +1,208 @@
+//! The access log: the fields of every kind of line in their order, and Istio's words for what went wrong
+//! (spec/ztunnel.md §11.4).
+
+use std::net::SocketAddr;
+
+use http::{Method, Request};
+use mesh_tests::{
+    Node,
+    hbone::{Dial, Tunnel},
+    log::Line,
+    mesh::hostname,
+    scene::{TCP, web},
+    wait::SOON,
+};
+
+use crate::world::{EMPTY, World};
+
+/// A kind of line: what tells it from others, its level, its message, its fields.
+struct Kind<'a> {
+    node: &'a Node,
+    direction: &'a str,
+    /// A field and its value.
+    find: (&'a str, String),
+    level: &'a str,
+    message: &'a str,
+    fields: &'a str,
+    /// The text of `error`, or its beginning; empty where there is none.
+    error: String,
+}
+
+const COMPLETE: &str = "connection complete";
+const FAILED: &str = "connection failed";
+const BYTES: &str = "direction bytes_sent bytes_recv duration";
+
+fn check(kind: &Kind<'_>) {
+    let (field, value) = &kind.find;
+    let what = format!("{} {field}={value} {}", kind.message, kind.error);
+    let line = kind.node.with_proxy(|proxy| {
+        proxy.wait_access(0, &what, |line| {
+            line.field("direction") == kind.direction
+                && line.field(field) == value
+                && line.message == kind.message
+                && line.field("error").starts_with(&kind.error)
+                && line.field("error").is_empty() == kind.error.is_empty()
+        })
+    });
+    let line: Line = line.unwrap();
+    assert_eq!(line.level, kind.level, "{}", line.text);
+    assert_eq!(line.scope, "access", "{}", line.text);
+    let names: Vec<_> = line.fields.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names.join(" "), kind.fields, "{}", line.text);
+    for bare in ["src.addr", "dst.addr", "dst.hbone_addr", "bytes_sent", "bytes_recv"] {
+        assert!(!line.text.contains(&format!("{bare}=\"")), "{bare} in {}", line.text);
+    }
+    for quoted in ["src.workload", "dst.service", "direction", "duration", "error"] {
+        let quoted = format!("{quoted}=");
+        if let Some((_, after)) = line.text.split_once(&quoted) {
+            assert!(after.starts_with('"'), "{quoted} in {}", line.text);
+        }
+    }
+    // The time, the level, the target, the message, the fields.
+    assert_eq!(line.text.matches('\t').count(), 4, "{}", line.text);
+}
+
+#[test]
+fn every_kind_of_line_and_what_went_wrong() {
+    let mut world = World::start(&[("RUST_LOG", "info,access=debug")]).unwrap();
+    let deny = serde_json::json!([[[{ "destinationPorts": [9] }]]]);
+    world.scene.mesh.policy("deny", "Deny", &deny);
+    world.scene.apply_policy("deny").unwrap();
+    let scene = &world.scene;
+    let outside = |port| SocketAddr::new(scene.outsider.v4(), port);
+    let dial = |to| scene.client.tcp(to, &["echo", "x"]);
+    for to in [web(TCP)[0], outside(TCP)] {
+        mesh_tests::wait::retry("an echo", SOON, || dial(to)?.ok()).unwrap();
+    }
+    for to in [
+        scene.server_at(9)[0],
+        scene.server_at(7)[0],
+        outside(7),
+        (EMPTY, 80).into(),
+        SocketAddr::new(scene.client.v4(), 15008),
+    ] {
+        let _refused = dial(to);
+    }
+    let _plain = scene.outsider.tcp(scene.server_at(TCP)[0], &["echo", "x"]).unwrap();
+    let _denied = scene.outsider.tcp(scene.server_at(9)[0], &["echo", "x"]);
+    let server = |port| scene.server_at(port)[0].to_string();
+    let both = "src.addr src.workload src.namespace src.identity src.cluster dst.addr dst.hbone_addr \
+                dst.service dst.workload dst.namespace dst.identity dst.cluster ";
+    let tunnel = both.replace("dst.service ", "");
+    let plain = "src.addr src.workload src.namespace src.cluster dst.addr ";
+    let stranger = "src.addr dst.addr dst.service dst.workload dst.namespace dst.cluster ";
+    let unnamed = stranger.replace("dst.service ", "");
+    let at = |of: SocketAddr| ("dst.addr", of.to_string());
+    let authority = |port| ("dst.hbone_addr", server(port));
+    let with = |fields: &str, error: &str| {
+        let error = if error.is_empty() { "" } else { " error" };
+        format!("{fields}{BYTES}{error}")
+    };
+    let policy = "connection closed due to policy rejection: explicitly denied by: lab/deny";
+    let (a, b) = (&scene.a, &scene.b);
+    for (node, direction, find, level, fields, error) in [
+        (a, "outbound", authority(TCP), "info", both, ""),
+        (b, "inbound", authority(TCP), "info", both, ""),
+        (a, "outbound", at(outside(TCP)), "info", plain, ""),
+        (b, "inbound", at(scene.server_at(TCP)[0]), "info", stranger, ""),
+        (a, "outbound", authority(9), "error", &tunnel, "http status: 401 Unauthorized"),
+        (b, "inbound", authority(9), "error", &tunnel, policy),
+        (b, "inbound", at(scene.server_at(9)[0]), "error", &unnamed, policy),
+        (a, "outbound", authority(7), "error", &tunnel, "http status: 503 Service Unavailable"),
+        (
+            b,
+            "inbound",
+            authority(7),
+            "error",
+            &tunnel,
+            "connection failed: Connection refused (os error 111)",
+        ),
+        (
+            a,
+            "outbound",
+            at(outside(7)),
+            "error",
+            plain,
+            "io error: Connection refused (os error 111)",
+        ),
+    ] {
+        let fields = with(fields, error);
+        let error = error.to_owned();
+        check(&Kind { node, direction, find, level, message: COMPLETE, fields: &fields, error });
+    }
+    let opened = format!("{both}{BYTES}");
+    for (node, direction) in [(a, "outbound"), (b, "inbound")] {
+        let find = authority(TCP);
+        let (level, message, error) = ("debug", "connection opened", String::new());
+        check(&Kind { node, direction, find, level, message, fields: &opened, error });
+    }
+    let empty = SocketAddr::from((EMPTY, 80));
+    let own = SocketAddr::new(scene.client.v4(), 15008);
+    for (to, error) in [
+        (empty, format!("no healthy upstream: {empty}")),
+        (own, "attempted recursive call to ourselves".to_owned()),
+    ] {
+        early(a, "outbound", at(to), error);
+    }
+    refused_tunnels(&world);
+}
+
+/// Refused before it was counted: four fields.
+fn early(node: &Node, direction: &str, find: (&str, String), error: String) {
+    let fields = "src.addr dst.addr direction error";
+    check(&Kind { node, direction, find, level: "warn", message: FAILED, fields, error });
+}
+
+/// What a peer can ask of the tunnel port and not get.
+fn refused_tunnels(world: &World) {
+    let scene = &world.scene;
+    let certificate = scene.certificate("client").unwrap();
+    let dial = Dial::new(scene.client.namespace(), scene.tunnel(), &certificate);
+    let outsider = Dial::new(scene.outsider.namespace(), scene.tunnel(), &certificate);
+    let mut tunnel = Tunnel::open(&outsider).unwrap();
+    let own = scene.server.v4();
+    let web = hostname("web");
+    for (authority, status, error) in [
+        (format!("{own}:15008"), 400, "attempted recursive call to ourselves".to_owned()),
+        ("10.9.9.9:80".to_owned(), 400, format!("ip mismatch: {own} != 10.9.9.9")),
+        (
+            format!("{web}:81"),
+            400,
+            format!("requested service {web}:81 found, but cannot resolve port"),
+        ),
+        (
+            "nobody.example:80".to_owned(),
+            400,
+            "no service or workload for hostname: nobody.example".to_owned(),
+        ),
+    ] {
+        let reply = tunnel.connect(&authority, &[]).unwrap();
+        assert_eq!(reply.status, status, "{authority}");
+        early(&scene.b, "inbound", ("dst.addr", scene.tunnel().to_string()), error);
+    }
+    let get = Request::builder().method(Method::GET).uri("https://x/").body(()).unwrap();
+    let reply = tunnel.request(get).unwrap();
+    assert_eq!(reply.status, 404, "a method that is not CONNECT");
+    let method = "expected method CONNECT, got GET".to_owned();
+    early(&scene.b, "inbound", ("dst.addr", scene.tunnel().to_string()), method);
+    // No TLS at all.
+    let plain = dial.from.run(|| {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(scene.tunnel())?;
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+        let _cut = stream.read(&mut [0; 16]);
+        Ok(())
+    });
+    // Where the client's own node proxy refuses it, nothing arrives: from outside it does.
+    drop(plain);
+    let outside = outsider.from.run(|| {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(scene.tunnel())?;
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+        let _cut = stream.read(&mut [0; 16]);
+        Ok(())
+    });
+    outside.unwrap();
+    let tls = "tls handshake error: ".to_owned();
+    early(&scene.b, "inbound", ("dst.addr", scene.tunnel().to_string()), tls);
+}

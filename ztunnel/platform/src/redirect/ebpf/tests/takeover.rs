@@ -1,0 +1,227 @@
+//! Two processes on one pod, one after the other, both alive.
+
+use super::{
+    super::{Settings, diag, program::Program},
+    Ebpf, UID, canonical,
+    lab::{self, FAMILIES, Family, Lab, accept, close, dial, echo, listen},
+};
+use crate::redirect::{Listeners, Pod, Redirect};
+use mesh_ebpf_common::cfg;
+use std::{
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::Duration,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn enrol(lab: &Lab) -> (Ebpf, Pod, Listeners) {
+    let settings = Settings { pins: Some(lab.pins()), ..Settings::default() };
+    let redirect = Ebpf::new(settings).unwrap();
+    let pod = redirect.enrol(UID, &lab.pod).unwrap();
+    let listeners = pod.take_listeners().unwrap();
+    (redirect, pod, listeners)
+}
+
+/// Both ways, in both families: the clients, which nobody has accepted.
+fn dial_all(lab: &Lab) -> Vec<TcpStream> {
+    let mut clients = Vec::new();
+    for Family { pod: own, peer, .. } in FAMILIES {
+        clients.push(dial(&lab.pod, None, SocketAddr::new(peer, 8080)).unwrap());
+        clients.push(dial(&lab.peer, None, SocketAddr::new(own, 8080)).unwrap());
+        clients.push(dial(&lab.peer, None, SocketAddr::new(own, 15008)).unwrap());
+    }
+    clients
+}
+
+/// Whether all of them are here, and work.
+fn accept_all(listeners: &Listeners, clients: &[TcpStream]) {
+    let mut taken = Vec::new();
+    for _ in FAMILIES {
+        for listener in [&listeners.outbound, &listeners.inbound, &listeners.hbone] {
+            taken.push(accept(listener));
+        }
+    }
+    for client in clients {
+        let name = client.local_addr().unwrap();
+        let (stream, _) = taken.iter().find(|(_, from)| canonical(*from) == name).unwrap();
+        echo(client, stream);
+    }
+}
+
+#[test]
+fn the_old_one_waits_for_its_successor_and_for_who_waits() {
+    let lab = Lab::new("tko");
+    let (_old, first, old) = enrol(&lab);
+    let waiting = dial_all(&lab);
+    lab::runtime().block_on(async {
+        let mut yielded = Box::pin(first.yielded(PATIENCE));
+        // Nobody follows yet.
+        tokio::select! {
+            () = &mut yielded => panic!("nobody has taken over"),
+            () = tokio::time::sleep(Duration::from_millis(100)) => (),
+        }
+        let (_new, _second, new) = enrol(&lab);
+        // What is new is the successor's, and what was queued is still the old one's.
+        let fresh = dial_all(&lab);
+        tokio::select! {
+            () = &mut yielded => panic!("six connections wait"),
+            () = tokio::time::sleep(Duration::from_millis(200)) => (),
+        }
+        accept_all(&old, &waiting);
+        yielded.await;
+        close(old);
+        accept_all(&new, &fresh);
+        accept_all(&new, &dial_all(&lab));
+    });
+}
+
+#[test]
+fn without_a_successor_patience_ends() {
+    let lab = Lab::new("tkn");
+    let (_redirect, pod, _listeners) = enrol(&lab);
+    lab::runtime().block_on(pod.yielded(Duration::ZERO));
+    // Nor is one expected where nobody could take over.
+    let plain = Ebpf::new(Settings::default()).unwrap();
+    let other = Lab::new("tkp");
+    let pod = plain.enrol(UID, &other.pod).unwrap();
+    lab::runtime().block_on(pod.yielded(PATIENCE));
+}
+
+#[test]
+fn a_successor_of_another_layout_is_one() {
+    let lab = Lab::new("tkl");
+    let (_old, first, old) = enrol(&lab);
+    Program::set_pinned_word(&lab.pins().join(UID), cfg::LAYOUT, 0);
+    let (_new, _second, new) = enrol(&lab);
+    lab::runtime().block_on(first.yielded(PATIENCE));
+    close(old);
+    accept_all(&new, &dial_all(&lab));
+}
+
+#[test]
+fn what_waits_for_an_old_one_that_dies_goes_to_the_new_one() {
+    let lab = Lab::new("tkd");
+    let (_old, _first, old) = enrol(&lab);
+    let waiting = dial_all(&lab);
+    let (_new, _second, new) = enrol(&lab);
+    // As a crash does.
+    close(old);
+    accept_all(&new, &waiting);
+    accept_all(&new, &dial_all(&lab));
+}
+
+#[test]
+fn no_connection_is_lost_over_several_takeovers() {
+    let lab = Lab::new("tks");
+    let (stop, lost, made) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+    let (mut redirect, mut pod, mut listeners) = enrol(&lab);
+    // Each runs until its listeners are closed, and answers with a byte.
+    let serve = |listeners: &Listeners| {
+        [&listeners.outbound, &listeners.inbound].map(|listener| {
+            listener.set_nonblocking(false).unwrap();
+            listener.try_clone().unwrap()
+        })
+    };
+    thread::scope(|scope| {
+        for (from, to) in
+            FAMILIES.iter().flat_map(|family| [(&lab.pod, family.peer), (&lab.peer, family.pod)])
+        {
+            let (stop, lost, made) = (&stop, &lost, &made);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let answered = dial(from, None, SocketAddr::new(to, 8080)).and_then(read_byte);
+                    let counter = if answered.is_ok() { made } else { lost };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in 0..5 {
+            let (ended, done) = (AtomicBool::new(false), made.load(Ordering::Relaxed));
+            let doors = serve(&listeners);
+            thread::scope(|turn| {
+                for door in &doors {
+                    let ended = &ended;
+                    turn.spawn(move || answer(door, ended));
+                }
+                lab::until(|| made.load(Ordering::Relaxed) > done + 100);
+                let next = enrol(&lab);
+                // Answers what comes to the new one, too, as long as the old one lives.
+                let early = serve(&next.2);
+                let over = AtomicBool::new(false);
+                thread::scope(|both| {
+                    for door in &early {
+                        let over = &over;
+                        both.spawn(move || answer(door, over));
+                    }
+                    lab::runtime().block_on(pod.yielded(PATIENCE));
+                    ended.store(true, Ordering::Relaxed);
+                    over.store(true, Ordering::Relaxed);
+                });
+                (redirect, pod, listeners) = next;
+            });
+            drop(doors);
+        }
+        let doors = serve(&listeners);
+        let ended = AtomicBool::new(false);
+        thread::scope(|last| {
+            for door in &doors {
+                let ended = &ended;
+                last.spawn(move || answer(door, ended));
+            }
+            let done = made.load(Ordering::Relaxed);
+            lab::until(|| made.load(Ordering::Relaxed) > done + 100);
+            stop.store(true, Ordering::Relaxed);
+            // The clients end by what is answered here.
+            let quiet = || lab.pod.run(diag::tcp).unwrap().unwrap();
+            lab::until(|| !quiet().iter().any(|socket| socket.is_held()));
+            ended.store(true, Ordering::Relaxed);
+        });
+    });
+    drop(redirect);
+    assert_eq!(lost.into_inner(), 0, "of {}", made.into_inner());
+}
+
+fn read_byte(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    std::io::Read::read_exact(&mut stream, &mut [0])
+}
+
+/// Accepts, says a byte and closes, until told to end.
+fn answer(listener: &TcpListener, ended: &AtomicBool) {
+    socket2::SockRef::from(listener).set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    while !ended.load(Ordering::Relaxed) {
+        if let Ok((mut stream, _)) = listener.accept() {
+            stream.set_nonblocking(false).unwrap();
+            std::io::Write::write_all(&mut stream, b"x").unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_pod_can_be_served_on_inherited_listeners() {
+    let lab = Lab::new("inh");
+    let (_old, _first, old) = enrol(&lab);
+    let waiting = dial_all(&lab);
+    // What a process passes on are numbers: nothing but the descriptors gets to the next.
+    let pass_on = |listener: TcpListener| TcpListener::from(OwnedFd::from(listener));
+    let inherited = Listeners {
+        outbound: pass_on(old.outbound),
+        inbound: pass_on(old.inbound),
+        hbone: pass_on(old.hbone),
+    };
+    let settings = Settings { pins: Some(lab.pins()), ..Settings::default() };
+    let redirect = Ebpf::new(settings).unwrap();
+    let pod = redirect.enrol_with(UID, &lab.pod, Some(inherited)).unwrap();
+    let listeners = pod.take_listeners().unwrap();
+    accept_all(&listeners, &waiting);
+    accept_all(&listeners, &dial_all(&lab));
+    for Family { peer, .. } in FAMILIES {
+        let server = listen(&lab.peer, SocketAddr::new(peer, 8080));
+        let to = SocketAddr::new(peer, 8080);
+        let upstream = super::finish(redirect.to_network(&pod, to).unwrap()).unwrap();
+        echo(&upstream, &accept(&server).0);
+    }
+}
