@@ -1,8 +1,8 @@
 //! The connections of one pod that live now, for the dump.
 
 use serde_json::{Value, json};
+use slab::Slab;
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -47,35 +47,26 @@ pub(crate) struct Live {
     pub(crate) carrier: Carrier,
 }
 
-#[derive(Debug, Default)]
-struct Slots {
-    next: u64,
-    live: BTreeMap<u64, Live>,
-}
-
 /// The live connections of one pod.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Connections(Arc<Mutex<Slots>>);
+pub(crate) struct Connections(Arc<Mutex<Slab<Live>>>);
 
 /// A connection is on the list for as long as this lives.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Listed {
     list: Connections,
-    key: u64,
+    key: usize,
 }
 
 impl Connections {
-    fn slots(&self) -> MutexGuard<'_, Slots> {
+    fn slots(&self) -> MutexGuard<'_, Slab<Live>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts a connection on the list.
     pub(crate) fn list(&self, live: Live) -> Listed {
-        let mut slots = self.slots();
-        let key = slots.next;
-        slots.next += 1;
-        slots.live.insert(key, live);
+        let key = self.slots().insert(live);
         Listed { list: self.clone(), key }
     }
 
@@ -84,10 +75,9 @@ impl Connections {
         let slots = self.slots();
         let of = |direction| -> Vec<Value> {
             slots
-                .live
-                .values()
-                .filter(|live| live.direction == direction)
-                .map(|live| {
+                .iter()
+                .filter(|(_, live)| live.direction == direction)
+                .map(|(_, live)| {
                     let original = live.original.as_deref();
                     json!({
                         "src": live.source.to_string(),
@@ -104,7 +94,11 @@ impl Connections {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        self.list.slots().live.remove(&self.key);
+        let mut slots = self.list.slots();
+        slots.try_remove(self.key);
+        if slots.is_empty() {
+            slots.shrink_to_fit();
+        }
     }
 }
 

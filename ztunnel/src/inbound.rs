@@ -25,7 +25,7 @@ use mesh_identity::{
 use mesh_policy::{Denial, Permit};
 use mesh_runtime::tasks::Draining;
 use std::{
-    fmt, io,
+    fmt, io, mem,
     net::{SocketAddr, TcpStream},
     pin::Pin,
     sync::{
@@ -142,15 +142,9 @@ impl Tunnel {
     async fn serve(&self, incoming: Box<Incoming>) {
         // Boxed, as are the parts of what is ready: a connection that is relayed need not hold on to how it was
         // set up, and what the task of a held connection takes is what a node with many of them takes.
-        let Some(ready) = Box::pin(self.prepare(incoming)).await else { return };
-        let Ready { connection, mut watch, ends, _listed } = ready;
-        let outcome = match ends {
-            Ok(ends) => tokio::select! {
-                outcome = ends.forward(connection.meter()) => outcome,
-                denial = watch.revoked() => Err(closed_by_policy(denial)),
-            },
-            Err(failure) => Err(failure),
-        };
+        let Some(mut ready) = Box::pin(self.prepare(incoming)).await else { return };
+        let outcome = ready.forward().await;
+        let connection = ready.connection;
         if outcome.is_err() && self.is_revoked() {
             return connection.finish(Err(Failure::downstream(Reason::Revoked, Revoked)));
         }
@@ -158,7 +152,7 @@ impl Tunnel {
     }
 
     /// All that comes before the relay; `None` where the stream was refused before it was counted.
-    async fn prepare(&self, incoming: Box<Incoming>) -> Option<Ready> {
+    async fn prepare(&self, incoming: Box<Incoming>) -> Option<Box<Ready>> {
         let began = Instant::now();
         let request = match &incoming.request {
             Ok(request) => request.clone(),
@@ -203,7 +197,7 @@ impl Tunnel {
         request: &TunnelRequest,
         target: &Target,
         began: Instant,
-    ) -> Ready {
+    ) -> Box<Ready> {
         let place = Place {
             source: self.peer,
             destination: self.local,
@@ -228,7 +222,8 @@ impl Tunnel {
                 Err(self.pod.denied(denial))
             }
         };
-        Ready { connection, watch, ends, _listed: listed }
+        let ends = ends.map(Some);
+        Box::new(Ready { connection, watch, ends, _listed: listed })
     }
 
     /// Connects to the application, and says so.
@@ -299,8 +294,20 @@ impl Tunnel {
 struct Ready {
     connection: Connection,
     watch: PolicyWatch,
-    ends: Result<Box<Both>, Failure>,
+    /// Both sides, until they are relayed.
+    ends: Result<Option<Box<Both>>, Failure>,
     _listed: Listed,
+}
+
+impl Ready {
+    /// Relays, for as long as policy lets it.
+    async fn forward(&mut self) -> Result<(), Failure> {
+        let Some(both) = mem::replace(&mut self.ends, Ok(None))? else { return Ok(()) };
+        tokio::select! {
+            outcome = both.forward(self.connection.meter()) => outcome,
+            denial = self.watch.revoked() => Err(closed_by_policy(denial)),
+        }
+    }
 }
 
 /// The two sides of a connection, and why they may be one.

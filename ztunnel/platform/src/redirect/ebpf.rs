@@ -25,11 +25,10 @@ mod tests;
 
 use super::{CaptureError, Listeners, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
 use crate::{netns::Netns, socket::Connecting};
-use aya::Btf;
 use follow::Follower;
 use mesh_core::OriginalDst;
 use mesh_ebpf_common::MARK_LEAVING;
-use program::{Contents, Program};
+use program::{Contents, Marker, Program};
 use rules::{Rules, Surroundings};
 use std::{
     fs::read_dir,
@@ -37,7 +36,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -89,7 +88,7 @@ pub struct Ebpf {
     settings: Settings,
     pins: Option<PathBuf>,
     /// The kernel's types: parsed once, and only where they are needed.
-    btf: OnceLock<Option<Btf>>,
+    marker: Mutex<Option<Marker>>,
     left: Arc<Leaving>,
 }
 
@@ -196,20 +195,18 @@ impl Ebpf {
                 false
             }
         });
-        Ok(Self { settings, pins, btf: OnceLock::new(), left: Arc::default() })
+        Ok(Self { settings, pins, marker: Mutex::default(), left: Arc::default() })
     }
 
     /// Marks sockets that live.
     fn mark(&self, mark: u32) -> Result<u32, CaptureError> {
-        let types = self.btf.get_or_init(|| {
-            Btf::from_sys_fs()
-                .inspect_err(|error| tracing::error!(%error, "the kernel has no BTF"))
-                .ok()
-        });
-        let what = "mark the sockets that live";
-        let types = types.as_ref().ok_or("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF)");
-        program::mark_existing(types.map_err(CaptureError::kernel(what))?, mark)
-            .map_err(CaptureError::kernel(what))
+        let what = "mark the sockets that live (it takes CONFIG_DEBUG_INFO_BTF)";
+        let mut held = self.marker.lock().unwrap_or_else(PoisonError::into_inner);
+        let marker = match &mut *held {
+            Some(marker) => marker,
+            None => held.insert(Marker::load().map_err(CaptureError::kernel(what))?),
+        };
+        marker.mark(mark).map_err(CaptureError::kernel(what))
     }
 
     /// In the pod's namespace.

@@ -362,18 +362,43 @@ fn replace(map: &mut HashMap<MapData, Key, u8>, addresses: &[IpAddr]) -> Result<
     Ok(())
 }
 
-/// Sets the mark on every socket of the namespace of the thread that neither listens nor has one. Returns how
-/// many there were.
-pub(super) fn mark_existing(btf: &Btf, mark: u32) -> Result<u32, Fault> {
-    let mut object = load()?;
-    let map = object.take_map("MARKING").ok_or_else(|| missing("MARKING"))?;
-    let mut map: Array<MapData, u32> = map.try_into()?;
-    map.set(marking::MARK, mark, 0)?;
+/// Sets marks on sockets that live.
+pub(super) struct Marker {
+    object: Ebpf,
+    map: Array<MapData, u32>,
+}
+
+impl fmt::Debug for Marker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Marker").finish_non_exhaustive()
+    }
+}
+
+impl Marker {
+    /// Loads it once: what the kernel says of its types, which it takes to load, is tens of megabytes when read.
+    pub(super) fn load() -> Result<Self, Fault> {
+        let mut object = load()?;
+        let map = object.take_map("MARKING").ok_or_else(|| missing("MARKING"))?;
+        let map = map.try_into()?;
+        iterator(&mut object)?.load("tcp", &Btf::from_sys_fs()?)?;
+        sys::give_back_freed();
+        Ok(Self { object, map })
+    }
+
+    /// Sets the mark on every socket of the namespace of the thread that neither listens nor has one. Returns how
+    /// many there were.
+    pub(super) fn mark(&mut self, mark: u32) -> Result<u32, Fault> {
+        self.map.set(marking::MARK, mark, 0)?;
+        self.map.set(marking::MARKED, 0, 0)?;
+        let program = iterator(&mut self.object)?;
+        let id = program.attach()?;
+        // The iterator visits the namespace in which it is opened.
+        program.take_link(id)?.into_file()?.read_to_end(&mut Vec::new())?;
+        Ok(self.map.get(&marking::MARKED, 0)?)
+    }
+}
+
+fn iterator(object: &mut Ebpf) -> Result<&mut Iter, Fault> {
     let program = object.program_mut("mark_existing").ok_or_else(|| missing("mark_existing"))?;
-    let program: &mut Iter = program.try_into()?;
-    program.load("tcp", btf)?;
-    let id = program.attach()?;
-    // The iterator visits the namespace in which it is opened.
-    program.take_link(id)?.into_file()?.read_to_end(&mut Vec::new())?;
-    Ok(map.get(&marking::MARKED, 0)?)
+    Ok(program.try_into()?)
 }
