@@ -62,7 +62,7 @@ impl Node {
 
 impl Bed {
     pub(super) fn new(bin: &Path, run: &Path, ztunnel: Option<&Path>) -> Result<Self> {
-        let node = |(name, address)| {
+        let node = |(name, address)| -> Result<Node> {
             let namespace = Namespace::open(name)?;
             Ok(Node { name, address, namespace, proxy: None })
         };
