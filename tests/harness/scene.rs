@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     Lab, Mesh, Node, Pod, Program,
     ca::{Authority, Issued},
+    istio_cni::{Backend, Rules},
     mesh::identity,
     wait::{self, SOON},
 };
@@ -46,6 +47,17 @@ impl Scene {
     pub fn start(settings: &[(&str, &str)]) -> Result<Self> {
         let scene = Self::bare()?;
         scene.begin(settings)?;
+        Ok(scene)
+    }
+
+    /// The same under rules that istio-cni would have written.
+    pub fn external(backend: Backend, settings: &[(&str, &str)]) -> Result<Self> {
+        let scene = Self::bare()?;
+        for pod in [&scene.client, &scene.server] {
+            Rules::new(backend).write(pod)?;
+        }
+        let settings: Vec<_> = [("CAPTURE", "external")].iter().chain(settings).copied().collect();
+        scene.begin(&settings)?;
         Ok(scene)
     }
 
