@@ -23,7 +23,7 @@ fn tool() -> PathBuf {
     found.expect("h2spec is not here: `tests/run packages` builds it with Go 1.26")
 }
 
-/// The failures in a report in JUnit's form: section, title, what was seen.
+/// The failures in a report in `JUnit`'s form: section, title, what was seen.
 fn failures(report: &str) -> (usize, Vec<[String; 3]>) {
     let attribute = |case: &str, name: &str| {
         let (_, value) = case.split_once(&format!(" {name}=\"")).unwrap();

@@ -113,6 +113,13 @@ impl Scene {
         wait::retry(&format!("an answer from {to}"), SOON, || self.ask(pod, to))
     }
 
+    /// The address that the server says this pod comes from, once it answers.
+    pub fn seen_as(&self, pod: &Pod, to: SocketAddr) -> Result<String> {
+        let said = self.ask_until(pod, to)?;
+        let client = said.get("client").and_then(Value::as_str);
+        Ok(client.context("not our server")?.to_owned())
+    }
+
     /// The server's tunnel port.
     #[must_use]
     pub fn tunnel(&self) -> SocketAddr {

@@ -35,14 +35,12 @@ fn start() -> (Scene, [Proxy; 2]) {
 fn serves(scene: &Scene, [near, far]: &[Proxy; 2]) {
     let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
     for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
-        let said = scene.ask_until(&scene.client, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
+        assert_eq!(scene.seen_as(&scene.client, to).unwrap(), own.to_string());
     }
     assert_eq!(capture.stop().unwrap().objection(), None);
     let own = [scene.outsider.v4(), scene.outsider.v6()];
     for (to, own) in scene.server_at(HTTP).into_iter().zip(own) {
-        let said = scene.ask(&scene.outsider, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
+        assert_eq!(scene.seen_as(&scene.outsider, to).unwrap(), own.to_string());
     }
     near.wait_access(0, "out", |line| line.field("dst.identity") == identity("server")).unwrap();
     far.wait_access(0, "in", |line| line.field("src.identity") == identity("client")).unwrap();

@@ -166,9 +166,8 @@ fn an_application_with_a_tunnel_is_told_who_comes_and_whither() {
     let program = app_tunnel(&mut scene, tunnel, "[::]:15088");
     let (v4, v6) = (scene.server.v4(), scene.server.v6());
     let from = &scene.outsider;
-    let mut told = 0;
     // Whatever is asked for: the application decides. A service is announced by its VIP.
-    for (to, authority, destination, source, peer) in [
+    let table = [
         (v4, format!("{v4}:80"), format!("{v4}:80"), from.v4(), loopback[0]),
         (v4, "192.0.2.7:443".to_owned(), "192.0.2.7:443".to_owned(), from.v4(), loopback[0]),
         (
@@ -179,12 +178,12 @@ fn an_application_with_a_tunnel_is_told_who_comes_and_whither() {
             loopback[0],
         ),
         (v6, format!("[{v6}]:80"), format!("[{v6}]:80"), from.v6(), loopback[1]),
-    ] {
+    ];
+    for (n, (to, authority, destination, source, peer)) in table.into_iter().enumerate() {
         greet(&scene, from, to, &authority);
-        told += 1;
         let line = wait::until("what it was told", SOON, || {
             let output = program.output();
-            Ok(output.lines().filter(|line| line.starts_with('{')).nth(told - 1).map(str::to_owned))
+            Ok(output.lines().filter(|line| line.starts_with('{')).nth(n).map(str::to_owned))
         });
         let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
         assert_eq!(line["destination"], destination);

@@ -17,14 +17,12 @@ fn serves(backend: Backend) {
     let mut scene = Scene::external(backend, &[]).unwrap();
     let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
     for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
-        let said = scene.ask_until(&scene.client, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
+        assert_eq!(scene.seen_as(&scene.client, to).unwrap(), own.to_string());
     }
     assert_eq!(capture.stop().unwrap().objection(), None);
     let own = [scene.outsider.v4(), scene.outsider.v6()];
     for (to, own) in scene.server_at(HTTP).into_iter().zip(own) {
-        let said = scene.ask(&scene.outsider, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
+        assert_eq!(scene.seen_as(&scene.outsider, to).unwrap(), own.to_string());
     }
     scene.mesh.strict(&[&scene.server]);
     scene.apply_policy(STRICT).unwrap();
