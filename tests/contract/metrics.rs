@@ -8,6 +8,7 @@ use std::{
 
 use mesh_tests::{
     Scene,
+    hbone::Listener,
     mesh::{hostname, identity},
     metrics::{Metrics, Sample},
     scene::{TCP, web},
@@ -361,8 +362,8 @@ fn check(scene: &Scene, case: &Case) {
     assert_eq!(sample.labels.len(), COMMON.len(), "{}", case.name);
 }
 
-/// The flags that can be provoked from outside, each on the node that reports it. The others, `TLS_FAILURE`,
-/// `H2_HANDSHAKE_FAILURE` and `CERT_REVOKED`, are in the tests of mesh-core and mesh-identity.
+/// The flags that can be provoked from outside, each on the node that reports it. The others,
+/// `H2_HANDSHAKE_FAILURE` and `CERT_REVOKED`, are in the tests of mesh-core and of revocation.
 #[test]
 fn every_response_flag() {
     let mut world = World::start(&[]).unwrap();
@@ -373,7 +374,12 @@ fn every_response_flag() {
     let _denied = scene.client.tcp(scene.server_at(9)[0], &["echo", "x"]);
     let _closed = scene.client.tcp(scene.server_at(7)[0], &["echo", "x"]);
     let _lost = scene.client.tcp(SocketAddr::from((LOST, 80)), &["echo", "x"]);
+    // Somebody else's certificate.
+    let theirs = scene.certificate("client").unwrap();
+    let _impostor = Listener::start(scene.outsider.namespace(), &theirs, 200).unwrap();
+    let _refused = scene.client.tcp(SocketAddr::new(scene.outsider.v6(), 80), &["echo", "x"]);
     for (node, flag, other) in [
+        (&scene.a, "TLS_FAILURE", ("destination_principal", identity("impostor").as_str())),
         (&scene.b, "DENY", ("destination_workload", "server-deployment")),
         (&scene.b, "CONNECT", ("destination_workload", "server-deployment")),
         (&scene.a, "CONNECT", ("destination_workload", "server-deployment")),
