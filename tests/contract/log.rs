@@ -1,7 +1,7 @@
 //! The access log: the fields of every kind of line in their order, and Istio's words for what went wrong
 //! (spec/ztunnel.md §11.4).
 
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use http::{Method, Request};
 use mesh_tests::{
@@ -12,6 +12,8 @@ use mesh_tests::{
     scene::{TCP, web},
     wait::SOON,
 };
+
+use serde_json::Value;
 
 use crate::world::{EMPTY, World};
 
@@ -47,6 +49,9 @@ fn check(kind: &Kind<'_>) {
     let line: Line = line.unwrap();
     assert_eq!(line.level, kind.level, "{}", line.text);
     assert_eq!(line.scope, "access", "{}", line.text);
+    if line.text.starts_with('{') {
+        return json(kind, &line);
+    }
     let names: Vec<_> = line.fields.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names.join(" "), kind.fields, "{}", line.text);
     for bare in ["src.addr", "dst.addr", "dst.hbone_addr", "bytes_sent", "bytes_recv"] {
@@ -62,9 +67,31 @@ fn check(kind: &Kind<'_>) {
     assert_eq!(line.text.matches('\t').count(), 4, "{}", line.text);
 }
 
+/// The same fields, flat, whose numbers are numbers.
+fn json(kind: &Kind<'_>, line: &Line) {
+    let value: Value = serde_json::from_str(&line.text).unwrap();
+    let fields = value.as_object().unwrap();
+    let known = ["level", "time", "scope", "message"];
+    let names: BTreeSet<_> = known.into_iter().chain(kind.fields.split(' ')).collect();
+    assert_eq!(fields.keys().map(String::as_str).collect::<BTreeSet<_>>(), names, "{value}");
+    for (name, value) in fields {
+        assert_eq!(value.is_u64(), name.starts_with("bytes_"), "{name} in {}", line.text);
+        assert_eq!(value.is_string(), !name.starts_with("bytes_"), "{name} in {}", line.text);
+    }
+}
+
 #[test]
 fn every_kind_of_line_and_what_went_wrong() {
-    let mut world = World::start(&[("RUST_LOG", "info,access=debug")]).unwrap();
+    every_kind(&[("RUST_LOG", "info,access=debug")]);
+}
+
+#[test]
+fn the_same_in_json() {
+    every_kind(&[("RUST_LOG", "info,access=debug"), ("LOG_FORMAT", "json")]);
+}
+
+fn every_kind(settings: &[(&str, &str)]) {
+    let mut world = World::start(settings).unwrap();
     let deny = serde_json::json!([[[{ "destinationPorts": [9] }]]]);
     world.scene.mesh.policy("deny", "Deny", &deny);
     world.scene.apply_policy("deny").unwrap();
