@@ -116,7 +116,7 @@ fn a_long_answer_is_cut_on_udp_and_whole_on_tcp() {
 
 #[test]
 fn other_names_are_asked_of_the_server_that_was_asked() {
-    let scene = scene(&[]);
+    let scene = scene(&[("RUST_LOG", "info,dns=debug")]);
     let upstream = Server::start(&scene.outsider).unwrap();
     for (ip, from) in
         [(scene.outsider.v4(), scene.client.v4()), (scene.outsider.v6(), scene.client.v6())]
@@ -148,6 +148,23 @@ fn other_names_are_asked_of_the_server_that_was_asked() {
     let reply = By::Udp.ask(&scene.client, server, &own).unwrap();
     assert_eq!(reply.metadata.response_code, ResponseCode::NoError, "it has addresses");
     counted(&scene);
+    logged(&scene);
+}
+
+/// In Istio's words.
+fn logged(scene: &Scene) {
+    let log = scene.a.with_proxy(|proxy| Ok(proxy.log())).unwrap();
+    for name in ["far", "missing"] {
+        let start = "\tdebug\tdns\t\tsrc.workload=\"client\" src.namespace=\"lab\" query=\"a\"";
+        let end = format!("domain=\"{name}.example.com\" result=\"forwarded\" endpoints=");
+        wait::retry("the line of the query", SOON, || {
+            let lines = log.since(0);
+            let found = lines.iter().any(|line| line.contains(start) && line.contains(&end));
+            anyhow::ensure!(found, "{name}: {lines:?}");
+            Ok(())
+        })
+        .unwrap();
+    }
 }
 
 /// What the six, the two, and the three brought and did not.
@@ -173,6 +190,36 @@ fn counted(scene: &Scene) {
         let sum = metrics.sum(family, &labels(kind, by));
         assert!((sum - expected).abs() < 1e-9, "{family} {kind} {by}: {sum}");
     }
+}
+
+#[test]
+fn a_server_that_is_not_there_is_a_failure_at_once() {
+    let scene = scene(&[]);
+    let far = query("far.example.com.", RecordType::A);
+    for ip in [scene.outsider.v4(), scene.outsider.v6()] {
+        for by in ALL {
+            let reply = by.ask(&scene.client, SocketAddr::new(ip, 53), &far).unwrap();
+            assert_eq!(reply.metadata.response_code, ResponseCode::ServFail, "{by:?} {ip}");
+        }
+    }
+}
+
+#[test]
+fn an_application_may_serve_dns_itself() {
+    let scene = scene(&[]);
+    let own = Server::start(&scene.client).unwrap();
+    let web = query(&(hostname("web") + "."), RecordType::A);
+    for ip in [scene.client.v4(), scene.client.v6()] {
+        for (by, pod) in ALL.into_iter().flat_map(|by| [(by, &scene.client), (by, &scene.outsider)])
+        {
+            let reply = by.ask(pod, SocketAddr::new(ip, 53), &web).unwrap();
+            assert_eq!(reply.metadata.response_code, ResponseCode::NXDomain, "the application's");
+            assert_eq!(own.asked().len(), 1, "{by:?} {ip} {}", pod.name());
+        }
+    }
+    let [server, _] = nobody();
+    let reply = By::Udp.ask(&scene.client, server, &web).unwrap();
+    assert_eq!(addresses(&reply), [vip().0], "others' are still captured");
 }
 
 #[test]

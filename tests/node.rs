@@ -2,7 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::{
+    io::{Read, Write},
+    net::{Ipv6Addr, SocketAddr, TcpStream},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::Duration,
+};
 
 use mesh_tests::{
     Scene,
@@ -151,6 +157,129 @@ fn a_dead_node_proxy_lets_nothing_pass_and_its_successor_takes_over() {
     waiting.finish(SOON * 2).unwrap().ok().unwrap();
     for to in web(80) {
         scene.ask(&scene.client, to).unwrap();
+    }
+}
+
+/// Connections that were answered, and why others were not.
+#[derive(Default)]
+struct Storm {
+    made: AtomicUsize,
+    lost: std::sync::Mutex<Vec<String>>,
+    ended: AtomicBool,
+}
+
+impl Storm {
+    /// Dials again and again from the pod, and asks who it is.
+    fn blow(&self, from: &mesh_tests::Pod, to: SocketAddr) {
+        let ask = || -> std::io::Result<String> {
+            let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(15))?;
+            stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+            stream.write_all(b"who\n")?;
+            let mut said = String::new();
+            stream.read_to_string(&mut said)?;
+            Ok(said)
+        };
+        let run = || {
+            while !self.ended.load(Ordering::Relaxed) {
+                match ask() {
+                    Ok(said) if !said.is_empty() => drop(self.made.fetch_add(1, Ordering::Relaxed)),
+                    other => self.lost.lock().unwrap().push(format!("{to}: {other:?}")),
+                }
+            }
+            Ok(())
+        };
+        from.namespace().run(run).unwrap();
+    }
+
+    fn goes_on(&self) {
+        let before = self.made.load(Ordering::Relaxed);
+        let more = || Ok((self.made.load(Ordering::Relaxed) > before + 100).then_some(()));
+        wait::until("a hundred more", SOON * 2, more).unwrap();
+    }
+}
+
+#[test]
+fn no_connection_is_lost_when_a_node_proxy_follows_another() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let storm = Storm::default();
+    let paths = [
+        (&scene.client, web(TCP)[0]),
+        (&scene.client, web(TCP)[1]),
+        (&scene.client, SocketAddr::new(scene.outsider.v4(), TCP)),
+        (&scene.outsider, scene.server_at(TCP)[1]),
+    ];
+    thread::scope(|scope| {
+        for (from, to) in paths {
+            let storm = &storm;
+            scope.spawn(move || storm.blow(from, to));
+        }
+        for _ in 0..2 {
+            for node in [&scene.a, &scene.b] {
+                storm.goes_on();
+                let mut old = node.succeed_proxy(&[]).unwrap();
+                storm.goes_on();
+                // In order: it goes on accepting until nobody waits for it.
+                assert_eq!(old.terminate(SOON).unwrap(), 0);
+                storm.goes_on();
+            }
+        }
+        storm.ended.store(true, Ordering::Relaxed);
+    });
+    let lost = storm.lost.into_inner().unwrap();
+    assert!(lost.is_empty(), "{} of {}: {lost:?}", lost.len(), storm.made.into_inner());
+}
+
+#[test]
+fn a_successor_that_comes_late_is_waited_for() {
+    // Half of it, at most 5 s, is how long the old one goes on accepting.
+    let scene = Scene::start(&[("CONNECTION_TERMINATION_DEADLINE", "20s")]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    // It holds the old one up, until the test is over with it.
+    let to = web(TCP)[0].to_string();
+    let mut held = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+    held.says("open", SOON).unwrap();
+    scene.a.with_proxy(|proxy| proxy.program().signal(nix::sys::signal::Signal::SIGTERM)).unwrap();
+    let mut old = scene.a.succeed_proxy(&[]).unwrap();
+    assert!(old.program().is_running());
+    scene.ask(&scene.client, web(80)[1]).unwrap();
+    drop(held);
+    assert_eq!(old.program().wait(SOON).unwrap(), 0);
+    scene.ask(&scene.client, web(80)[1]).unwrap();
+}
+
+/// Runs the node proxy as it would be on a machine that lacks something, and returns what it says at its end.
+fn lacking(scene: &Scene, wrapper: &str) -> String {
+    let exe = scene.a.executable().display().to_string();
+    let settings = "CAPTURE=ebpf XDS_ADDRESS= INPOD_UDS=/nowhere RUST_LOG=info";
+    let pins = scene.lab.folder().join("pins/none");
+    let pins = pins.display();
+    let script = format!("{wrapper} env {settings} CAPTURE_PIN_DIR={pins} {exe} proxy ztunnel");
+    let done = scene.a.run(["bash", "-c", &script]).unwrap();
+    assert_eq!(done.code, 1, "{wrapper}: {}{}", done.out, done.err);
+    done.out + &done.err
+}
+
+#[test]
+fn what_the_machine_lacks_is_said_in_one_line_each() {
+    let scene = Scene::bare().unwrap();
+    let no_btf = "unshare -m bash -c 'mount -t tmpfs none /sys/kernel/btf && exec \"$@\"' -";
+    let without = |what: &str| format!("setpriv --bounding-set=-{what} --inh-caps=-{what}");
+    for (name, wrapper, expected) in [
+        ("no BTF", no_btf.to_owned(), vec!["no BTF", "CONFIG_DEBUG_INFO_BTF"]),
+        (
+            "an old kernel",
+            "setarch --uname-2.6".to_owned(),
+            vec!["2.6", "5.15", "CAPTURE=external"],
+        ),
+        ("no CAP_SYS_ADMIN", without("sys_admin"), vec!["cannot be entered", "CAP_SYS_ADMIN"]),
+        ("no CAP_NET_ADMIN", without("net_admin"), vec!["SO_MARK", "CAP_NET_ADMIN"]),
+    ] {
+        let said = lacking(&scene, &wrapper);
+        let line = said.lines().find(|line| expected.iter().all(|word| line.contains(word)));
+        assert!(line.is_some(), "{name}: {said}");
+        assert!(said.contains("this machine lacks"), "{name}: {said}");
+        assert!(!said.contains("panicked"), "{name}: {said}");
     }
 }
 

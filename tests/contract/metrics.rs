@@ -8,6 +8,7 @@ use std::{
 
 use mesh_tests::{
     Scene,
+    hbone::Listener,
     mesh::{hostname, identity},
     metrics::{Metrics, Sample},
     scene::{TCP, web},
@@ -63,8 +64,8 @@ const DNS: &[&str] = &[
     "source_canonical_revision",
 ];
 
-/// Family, type, labels in their order. Upstream's `istio_crl_policy_rejections` is tested where certificates are
-/// revoked, and its `istio_crl_untracked_connections` counts what does not happen here.
+/// Family, type, labels in their order. Upstream's `istio_crl_untracked_connections` is not among them: it counts
+/// what cannot happen here.
 const FAMILIES: &[(&str, &str, &[&str])] = &[
     ("process_open_fds", "gauge", &[]),
     ("process_max_fds", "gauge", &[]),
@@ -82,6 +83,7 @@ const FAMILIES: &[(&str, &str, &[&str])] = &[
     ("istio_tcp_sent_bytes", "counter", COMMON),
     ("istio_tcp_sockets_open", "gauge", &["reporter"]),
     ("istio_on_demand_dns", "counter", NAME),
+    ("istio_crl_policy_rejections", "counter", &["reporter"]),
     ("istio_dns_requests", "counter", DNS),
     ("istio_dns_upstream_requests", "counter", DNS),
     ("istio_dns_upstream_failures", "counter", DNS),
@@ -146,7 +148,8 @@ fn declared<'a>(text: &'a str, what: &str) -> BTreeMap<&'a str, &'a str> {
 
 #[test]
 fn every_family_with_its_type_and_labels() {
-    let world = World::start(&[]).unwrap();
+    // Nothing is revoked by a list that is not there yet, and that is counted.
+    let world = World::start(&[("CRL_PATH", "/run/no-such-list.pem")]).unwrap();
     traffic(&world);
     let proxy = |f: &dyn Fn(&str) -> bool| {
         world.scene.a.with_proxy(|proxy| {
@@ -262,23 +265,21 @@ fn unknown() -> Party {
     std::array::from_fn(|_| "unknown".to_owned())
 }
 
+/// Of the connection: the service that it was for, and its security.
+type How = ([String; 3], &'static str);
+
+fn to_web(security: &'static str) -> How {
+    ([hostname("web"), "lab".to_owned(), "web".to_owned()], security)
+}
+
 /// All values, in the order of the labels.
-fn values_of(
-    reporter: &str,
-    source: &Party,
-    destination: &Party,
-    service: bool,
-    tls: bool,
-) -> Vec<String> {
+fn values_of(reporter: &str, (source, destination): (&Party, &Party), how: &How) -> Vec<String> {
     let text = str::to_owned;
     let mut values = vec![text(reporter)];
     values.extend_from_slice(&source[..8]);
-    values.extend(match service {
-        true => [hostname("web"), text("lab"), text("web")],
-        false => [text("unknown"), text("unknown"), text("unknown")],
-    });
+    values.extend_from_slice(&how.0);
     values.extend_from_slice(&destination[..8]);
-    values.extend([text("tcp"), text("-"), text(if tls { "mutual_tls" } else { "unknown" })]);
+    values.extend([text("tcp"), text("-"), text(how.1)]);
     values.extend_from_slice(&source[8..]);
     values.extend_from_slice(&destination[8..]);
     values
@@ -288,14 +289,14 @@ fn case(
     name: &'static str,
     reporter: &'static str,
     (source, destination): (Party, Party),
-    (service, tls): (bool, bool),
+    how: &How,
 ) -> Case {
     let find = vec![
         ("source_app", source[5].clone()),
         ("destination_app", destination[5].clone()),
-        ("connection_security_policy", if tls { "mutual_tls" } else { "unknown" }.to_owned()),
+        ("connection_security_policy", how.1.to_owned()),
     ];
-    let values = values_of(reporter, &source, &destination, service, tls);
+    let values = values_of(reporter, (&source, &destination), how);
     Case { name, reporter, find, values }
 }
 
@@ -312,11 +313,12 @@ fn every_label_of_a_connection() {
     echo(scene, &scene.client, outside);
     echo(scene, &scene.outsider, scene.server_at(TCP)[0]);
     let client = || known("client", true);
+    let nowhere = (["unknown"; 3].map(str::to_owned), "unknown");
     let cases = [
-        case("out", "source", (client(), known("server", true)), (true, true)),
-        case("in", "destination", (client(), known("server", true)), (true, true)),
-        case("out to nobody known", "source", (known("client", false), unknown()), (false, false)),
-        case("in, plain", "destination", (unknown(), known("server", true)), (true, false)),
+        case("out", "source", (client(), known("server", true)), &to_web("mutual_tls")),
+        case("in", "destination", (client(), known("server", true)), &to_web("mutual_tls")),
+        case("out to nobody known", "source", (known("client", false), unknown()), &nowhere),
+        case("in, plain", "destination", (unknown(), known("server", true)), &to_web("unknown")),
     ];
     for case in &cases {
         check(scene, case);
@@ -332,7 +334,12 @@ fn every_label_of_a_connection() {
     told[5] = "client-deployment".to_owned();
     check(
         scene,
-        &case("in, by baggage", "destination", (told, known("server", true)), (true, true)),
+        &case(
+            "in, by baggage",
+            "destination",
+            (told, known("server", true)),
+            &to_web("mutual_tls"),
+        ),
     );
 }
 
@@ -355,8 +362,8 @@ fn check(scene: &Scene, case: &Case) {
     assert_eq!(sample.labels.len(), COMMON.len(), "{}", case.name);
 }
 
-/// The flags that can be provoked from outside, each on the node that reports it. The others, `TLS_FAILURE`,
-/// `H2_HANDSHAKE_FAILURE` and `CERT_REVOKED`, are in the tests of mesh-core and mesh-identity.
+/// The flags that can be provoked from outside, each on the node that reports it. The others,
+/// `H2_HANDSHAKE_FAILURE` and `CERT_REVOKED`, are in the tests of mesh-core and of revocation.
 #[test]
 fn every_response_flag() {
     let mut world = World::start(&[]).unwrap();
@@ -367,7 +374,12 @@ fn every_response_flag() {
     let _denied = scene.client.tcp(scene.server_at(9)[0], &["echo", "x"]);
     let _closed = scene.client.tcp(scene.server_at(7)[0], &["echo", "x"]);
     let _lost = scene.client.tcp(SocketAddr::from((LOST, 80)), &["echo", "x"]);
+    // Somebody else's certificate.
+    let theirs = scene.certificate("client").unwrap();
+    let _impostor = Listener::start(scene.outsider.namespace(), &theirs, 200).unwrap();
+    let _refused = scene.client.tcp(SocketAddr::new(scene.outsider.v6(), 80), &["echo", "x"]);
     for (node, flag, other) in [
+        (&scene.a, "TLS_FAILURE", ("destination_principal", identity("impostor").as_str())),
         (&scene.b, "DENY", ("destination_workload", "server-deployment")),
         (&scene.b, "CONNECT", ("destination_workload", "server-deployment")),
         (&scene.a, "CONNECT", ("destination_workload", "server-deployment")),

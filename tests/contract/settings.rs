@@ -8,7 +8,6 @@ use crate::world::{RELEASE, World};
 
 /// Name and default; a dash is none.
 const SETTINGS: &[(&str, &str)] = &[
-    ("ENABLE_PROXY", "true"),
     ("PROXY_MODE", "shared"),
     ("PROXY_WORKLOAD_INFO", "–"),
     ("NETWORK", "–"),
@@ -70,6 +69,7 @@ const SETTINGS: &[(&str, &str)] = &[
 
 /// Upstream's that are without meaning here, with the reason.
 const NOT_HERE: &[(&str, &str)] = &[
+    ("ENABLE_PROXY", "a node proxy is for the data plane; upstream without it serves DNS alone"),
     ("FAKE_CA", "upstream's test builds only; LOCAL_CA_DIR does it here"),
     ("INPOD_ENABLED", "set by the chart and ignored by upstream as well"),
     ("TRUST_DOMAIN", "upstream's diagnostic identity; ours is that of each workload"),

@@ -1,6 +1,8 @@
 //! What the tests run on: the usual scene, with a control plane on node `a` that says all that can be said, and a
 //! local file on node `b`.
 
+use std::net::IpAddr;
+
 use anyhow::Result;
 use mesh_proto::istio::{
     security::{
@@ -29,7 +31,8 @@ pub(crate) const LOST: [u8; 4] = [192, 0, 2, 1];
 /// The release that it is told to be.
 pub(crate) const RELEASE: &str = "1.99-contract";
 
-/// The scene and the control plane of node `a`.
+/// The scene and the control plane of node `a`. By its IPv6 address, which nothing else uses, the pod `outsider` is a
+/// workload `impostor` that takes tunnels.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) scene: Scene,
@@ -54,7 +57,7 @@ impl World {
         }
         scene.apply()?;
         let mut said = Said::of(&scene.mesh)?;
-        widen(&mut said);
+        widen(&mut said, scene.outsider.v6());
         let ads = Ads::start(scene.a.namespace(), said)?;
         let uri = ads.uri();
         let mut remote = vec![
@@ -75,7 +78,7 @@ impl World {
 }
 
 /// Adds one of everything that the messages can say.
-fn widen(said: &mut Said) {
+fn widen(said: &mut Said, impostor: IpAddr) {
     let workload = |workload: Workload| {
         let name = workload.uid.clone();
         (name, Address { r#type: Some(Type::Workload(workload)) })
@@ -90,7 +93,8 @@ fn widen(said: &mut Said) {
         service(bare_service("empty", EMPTY)),
         workload(wide_workload()),
         workload(named_workload()),
-        workload(lost_workload()),
+        workload(enrolled("lost", LOST.into())),
+        workload(enrolled("impostor", impostor)),
     ]);
     said.policies.extend([
         ("lab/wide".to_owned(), wide_policy()),
@@ -207,16 +211,20 @@ fn named_workload() -> Workload {
     }
 }
 
-fn lost_workload() -> Workload {
-    let text = str::to_owned;
+/// As if there were a node proxy for it.
+fn enrolled(name: &str, ip: IpAddr) -> Workload {
+    let address = match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
     Workload {
-        name: text("lost"),
-        namespace: text("lab"),
-        addresses: vec![LOST.to_vec().into()],
+        name: name.to_owned(),
+        namespace: "lab".to_owned(),
+        addresses: vec![address.into()],
         tunnel_protocol: TunnelProtocol::Hbone.into(),
-        trust_domain: text("cluster.local"),
-        service_account: text("lost"),
-        uid: text("Kubernetes//Pod/lab/lost"),
+        trust_domain: "cluster.local".to_owned(),
+        service_account: name.to_owned(),
+        uid: format!("Kubernetes//Pod/lab/{name}"),
         ..Workload::default()
     }
 }

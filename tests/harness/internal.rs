@@ -84,6 +84,7 @@ fn run(arguments: &[OsString]) -> Result<()> {
     match (name.to_str().unwrap_or_default(), words.as_slice()) {
         ("http-server", [name, addresses @ ..]) => programs::http::serve(name, addresses),
         ("http-get", [url]) => programs::http::get(url),
+        ("announced-server", addresses) => programs::announced::serve(addresses),
         ("tcp-server", addresses) => programs::tcp::serve(addresses),
         ("tcp", [address, what @ ..]) => programs::tcp::client(address, what),
         (name, _) => bail!("internal: no program {name}, or not with these arguments"),

@@ -152,6 +152,11 @@ impl Mesh {
         self.workloads.retain(|workload| !workload.is(pod.name()));
     }
 
+    /// Takes a service away; its endpoints still name it.
+    pub fn remove_service(&mut self, name: &str) {
+        self.services.retain(|service| !service.is(name));
+    }
+
     /// A workload, to change it.
     pub fn workload_of(&mut self, pod: &Pod) -> Option<&mut Entry> {
         self.workloads.iter_mut().find(|workload| workload.is(pod.name()))

@@ -1,5 +1,6 @@
 //! Ordinary programs that speak plain TCP or HTTP/1.1: what runs in pods where curl is not enough.
 
+pub(crate) mod announced;
 pub(crate) mod checksum;
 pub(crate) mod http;
 pub(crate) mod tcp;

@@ -35,13 +35,17 @@ pub struct Proxy {
 impl Proxy {
     /// Starts it with the lab's settings, those given over them; an empty one is left out.
     pub(crate) fn start(node: &Node, settings: &[(&str, &str)]) -> Result<Self> {
-        let root = &node.lab.root;
+        Self::start_in(node, node.namespace(), settings)
+    }
+
+    /// The same, in another namespace of the node.
+    pub(crate) fn start_in(
+        node: &Node,
+        namespace: &Namespace,
+        settings: &[(&str, &str)],
+    ) -> Result<Self> {
         let variables = variables(node, settings)?;
-        let log = log_of(root, node.name());
-        let command = [node.lab.ztunnel.as_os_str(), "proxy".as_ref(), "ztunnel".as_ref()];
-        let start = Start::new(node.namespace(), root, command);
-        let program = start.environment(variables).log(&log).spawn()?;
-        Ok(Self { program, namespace: node.namespace().clone(), node: node.name().to_owned(), log })
+        Self::of(namespace, &node.lab.root, node.name(), &node.lab.ztunnel, variables)
     }
 
     /// Starts this executable as the node proxy of a node that is not a lab's, with these settings

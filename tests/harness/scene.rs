@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     Lab, Mesh, Node, Pod, Program,
     ca::{Authority, Issued},
+    istio_cni::{Backend, Rules},
     mesh::identity,
     wait::{self, SOON},
 };
@@ -46,6 +47,17 @@ impl Scene {
     pub fn start(settings: &[(&str, &str)]) -> Result<Self> {
         let scene = Self::bare()?;
         scene.begin(settings)?;
+        Ok(scene)
+    }
+
+    /// The same under rules that istio-cni would have written.
+    pub fn external(backend: Backend, settings: &[(&str, &str)]) -> Result<Self> {
+        let scene = Self::bare()?;
+        for pod in [&scene.client, &scene.server] {
+            Rules::new(backend).write(pod)?;
+        }
+        let settings: Vec<_> = [("CAPTURE", "external")].iter().chain(settings).copied().collect();
+        scene.begin(&settings)?;
         Ok(scene)
     }
 
@@ -99,6 +111,13 @@ impl Scene {
     /// The same, until it answers: the mesh may just have changed.
     pub fn ask_until(&self, pod: &Pod, to: SocketAddr) -> Result<Value> {
         wait::retry(&format!("an answer from {to}"), SOON, || self.ask(pod, to))
+    }
+
+    /// The address that the server says this pod comes from, once it answers.
+    pub fn seen_as(&self, pod: &Pod, to: SocketAddr) -> Result<String> {
+        let said = self.ask_until(pod, to)?;
+        let client = said.get("client").and_then(Value::as_str);
+        Ok(client.context("not our server")?.to_owned())
     }
 
     /// The server's tunnel port.

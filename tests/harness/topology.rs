@@ -309,6 +309,17 @@ impl Node {
         Proxy::start(self, settings)
     }
 
+    /// Starts a node proxy in the pod's namespace, for dedicated mode.
+    pub fn begin_proxy_in(&self, pod: &Pod, settings: &[(&str, &str)]) -> Result<Proxy> {
+        Proxy::start_in(self, pod.namespace(), settings)
+    }
+
+    /// The node proxy's executable.
+    #[must_use]
+    pub fn executable(&self) -> &Path {
+        &self.lab.ztunnel
+    }
+
     /// Runs the node proxy's executable with these arguments on the node.
     pub fn proxy_command(&self, arguments: &[&str]) -> Result<Finished> {
         Proxy::command(self, arguments)
@@ -318,6 +329,19 @@ impl Node {
     pub fn with_proxy<T>(&self, f: impl FnOnce(&mut Proxy) -> Result<T>) -> Result<T> {
         let mut proxy = locked(&self.proxy);
         f(proxy.as_mut().with_context(|| format!("{} has no node proxy", self.name()))?)
+    }
+
+    /// Starts another node proxy beside its own, as an upgrade does, and waits until it is ready. It is the
+    /// node's from then on; returned is the one before, which still runs. It has a namespace of its own, as the
+    /// pod of a `DaemonSet` has: both have their ports.
+    pub fn succeed_proxy(&self, settings: &[(&str, &str)]) -> Result<Proxy> {
+        static COUNT: AtomicU8 = AtomicU8::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let namespace = Namespace::create(&format!("{}{}-{number}", self.id, self.name()))?;
+        let next = Proxy::start_in(self, &namespace, settings)?;
+        next.wait_ready(SOON)?;
+        let before = locked(&self.proxy).replace(next);
+        before.with_context(|| format!("{} had no node proxy", self.name()))
     }
 
     /// Kills its node proxy, which gets no warning.

@@ -48,9 +48,11 @@ struct Enrolled {
 #[derive(Debug, Default)]
 struct State {
     pods: BTreeMap<String, Enrolled>,
-    /// The newest connection, once its snapshot is sent.
-    connection: Option<Socket>,
+    /// Those that have their snapshot, the newest last: two while a node proxy follows another.
+    connected: Vec<Socket>,
     connections: usize,
+    /// Whether the newest has its snapshot.
+    greeted: bool,
     /// Why the newest snapshot failed, or parts of it.
     complaint: Option<String>,
 }
@@ -99,14 +101,14 @@ impl Zds {
         let pod = Enrolled { info, namespace: Some(namespace.clone()) };
         let message = add(uid, &pod);
         state.pods.insert(uid.to_owned(), pod);
-        state.tell(&message, Some(namespace.fd()))
+        state.tell_newest(&message, namespace.fd())
     }
 
-    /// Takes a pod out.
+    /// Takes a pod out: every node proxy is told.
     pub fn del(&self, uid: &str) -> Result<()> {
         let mut state = self.0.state();
         state.pods.remove(uid);
-        state.tell(&Payload::Del(DelWorkload { uid: uid.to_owned() }), None)
+        state.tell_all(&Payload::Del(DelWorkload { uid: uid.to_owned() }))
     }
 
     /// Forgets where a pod is, as an agent that was restarted may: it says "keep" from now on.
@@ -122,9 +124,9 @@ impl Zds {
         self.0.state().connections
     }
 
-    /// Ends the newest connection, as an agent that goes away does.
+    /// Ends all connections, as an agent that goes away does.
     pub fn hang_up(&self) {
-        self.0.state().connection = None;
+        self.0.state().connected.clear();
     }
 
     /// What went wrong with the newest snapshot.
@@ -135,7 +137,7 @@ impl Zds {
 
     /// Waits until so many node proxies have connected and taken their snapshot.
     pub fn wait_connections(&self, count: usize, deadline: Duration) -> Result<()> {
-        let there = |s: &mut State| s.connections < count || s.connection.is_none();
+        let there = |s: &mut State| s.connections < count || !s.greeted;
         let waited = self.0.changed.wait_timeout_while(self.0.state(), deadline, there);
         let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
@@ -146,17 +148,29 @@ impl Zds {
 }
 
 impl State {
-    fn tell(&mut self, message: &Payload, fd: Option<BorrowedFd<'_>>) -> Result<()> {
-        let Some(connection) = &self.connection else { return Ok(()) };
-        match ask(connection, message, fd) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(refusal)) => bail!("the node proxy refused: {refusal}"),
-            // It is gone: the next one gets a snapshot.
-            Err(_) => {
-                self.connection = None;
-                Ok(())
+    /// What is new is for the newest alone. One that is gone is forgotten: the next one gets a snapshot.
+    fn tell_newest(&mut self, message: &Payload, fd: BorrowedFd<'_>) -> Result<()> {
+        while let Some(connection) = self.connected.last() {
+            match ask(connection, message, Some(fd)) {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(refusal)) => bail!("the node proxy refused: {refusal}"),
+                Err(_) => drop(self.connected.pop()),
             }
         }
+        Ok(())
+    }
+
+    fn tell_all(&mut self, message: &Payload) -> Result<()> {
+        let mut refusals = Vec::new();
+        self.connected.retain(|connection| match ask(connection, message, None) {
+            Ok(answer) => {
+                refusals.extend(answer.err());
+                true
+            }
+            Err(_) => false,
+        });
+        anyhow::ensure!(refusals.is_empty(), "a node proxy refused: {refusals:?}");
+        Ok(())
     }
 
     /// Hello, the pods, and the end of the snapshot.
@@ -183,10 +197,12 @@ fn accept(listener: &Socket, agent: &Weak<Agent>) {
     while let Ok((connection, _)) = listener.accept() {
         let Some(agent) = agent.upgrade() else { return };
         let mut state = agent.state();
-        state.connection = None;
-        state.complaint = None;
+        (state.greeted, state.complaint) = (false, None);
         match state.greet(&connection) {
-            Ok(()) => state.connection = Some(connection),
+            Ok(()) => {
+                state.greeted = true;
+                state.connected.push(connection);
+            }
             Err(why) => state.complaint = Some(format!("{why:#}")),
         }
         state.connections += 1;

@@ -4,6 +4,7 @@
 //! - `sum`: read to the end, answer with the length and the sum;
 //! - `send <n>`: send so many bytes and end;
 //! - `reset <n>`: send so many bytes and reset;
+//! - `stall`: read nothing more, for as long as the server lives;
 //! - `who`: say which address the client has.
 //!
 //! The server says on its output how each connection ended.
@@ -50,7 +51,7 @@ fn how(why: &io::Error) -> String {
     }
 }
 
-fn obey(stream: TcpStream, what: &mut String) -> io::Result<()> {
+pub(super) fn obey(stream: TcpStream, what: &mut String) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut input = BufReader::with_capacity(CHUNK, stream.try_clone()?);
     let mut output = stream;
@@ -78,6 +79,9 @@ fn obey(stream: TcpStream, what: &mut String) -> io::Result<()> {
             let _one = input.read(&mut [0])?;
             SockRef::from(&output).set_linger(Some(Duration::ZERO))?;
         }
+        Some("stall") => loop {
+            std::thread::park();
+        },
         Some("who") => writeln!(output, "{}", output.peer_addr()?.ip().to_canonical())?,
         _ => return Err(io::Error::other("did not say what it wants")),
     }
@@ -168,6 +172,16 @@ pub(crate) fn client(address: &str, what: &[&str]) -> Result<()> {
             SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
             say("cut");
         }
+        ["flood"] => flood(&stream)?,
+        ["deaf", count] => {
+            writeln!(&stream, "send {count}")?;
+            // Something has come, and is not taken.
+            stream.peek(&mut [0])?;
+            say("deaf");
+            loop {
+                std::thread::park();
+            }
+        }
         ["hold"] => {
             echo_once(&stream)?;
             say("open");
@@ -193,6 +207,24 @@ fn echo_once(mut stream: &TcpStream) -> Result<()> {
     stream.write_all(b"echo\n1")?;
     stream.read_exact(&mut back).context("nothing came back")?;
     anyhow::ensure!(back == *b"1", "something else came back");
+    Ok(())
+}
+
+/// Writes to who does not read, until nothing more is taken; then keeps the connection.
+fn flood(mut stream: &TcpStream) -> Result<()> {
+    writeln!(stream, "stall")?;
+    stream.set_write_timeout(Some(Duration::from_millis(500)))?;
+    let (mut written, chunk) = (0_u64, vec![7; CHUNK]);
+    let why = loop {
+        match stream.write(&chunk) {
+            Ok(length) => written += length as u64,
+            Err(why) => break why,
+        }
+    };
+    anyhow::ensure!(how(&why) == "timeout", "after {written} bytes: {why}");
+    say(&format!("stalled {written}"));
+    let end = stream.read(&mut [0]);
+    say(&format!("closed: {}", end_of(&end)));
     Ok(())
 }
 

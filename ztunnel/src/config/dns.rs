@@ -67,3 +67,64 @@ fn address(reader: &mut Reader<'_>) -> DnsAddress {
         DnsAddress::Localhost(0)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::load;
+    use mesh_runtime::config::ConfigErrors;
+    use std::collections::BTreeMap;
+
+    const PROXY_METADATA: &str =
+        "proxyMetadata: {DNS_CAPTURE: \"false\", DNS_PROXY_ADDR: \"localhost:5353\"}";
+
+    fn settings(pairs: &[(&str, &str)]) -> Result<Option<Dns>, ConfigErrors> {
+        let map: BTreeMap<String, String> =
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        load(&map).map(|config| config.dns)
+    }
+
+    #[test]
+    fn it_is_on_unless_told_otherwise() {
+        let dns = settings(&[]).unwrap().unwrap();
+        assert_eq!(dns.address, DnsAddress::Localhost(15053));
+        assert_eq!((&*dns.settings.domain, dns.settings.search), ("cluster.local", None));
+        for (name, value, on) in [
+            ("ISTIO_META_DNS_CAPTURE", "TRUE", true),
+            ("ISTIO_META_DNS_CAPTURE", "false", false),
+            ("ISTIO_META_DNS_CAPTURE", "yes", false),
+            ("PROXY_CONFIG", PROXY_METADATA, false),
+        ] {
+            assert_eq!(settings(&[(name, value)]).unwrap().is_some(), on, "{name}={value}");
+        }
+        let both = [("PROXY_CONFIG", PROXY_METADATA), ("ISTIO_META_DNS_CAPTURE", "true")];
+        assert_eq!(settings(&both).unwrap().unwrap().address, DnsAddress::Localhost(5353));
+    }
+
+    #[test]
+    fn where_and_for_which_cluster() {
+        let dns = settings(&[
+            ("ISTIO_META_DNS_PROXY_ADDR", "[::1]:53"),
+            ("CLUSTER_DOMAIN", "Corp.Example."),
+            ("IPV6_ENABLED", "false"),
+        ]);
+        let Dns { address, settings: found } = dns.unwrap().unwrap();
+        assert_eq!(address, DnsAddress::At("[::1]:53".parse().unwrap()));
+        assert_eq!((&*found.domain, found.ipv6), ("corp.example", false));
+        for bad in ["localhost", "localhost:0", "localhost:99999", "example.com:53", ""] {
+            settings(&[("ISTIO_META_DNS_PROXY_ADDR", bad)]).unwrap_err();
+        }
+        let one = [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "ns/name/sa")];
+        assert!(settings(&one).unwrap().unwrap().settings.search.is_some(), "resolv.conf's");
+    }
+
+    #[test]
+    fn not_where_services_are_asked_for_one_by_one() {
+        let on_demand = ("XDS_ON_DEMAND", "true");
+        assert_eq!(settings(&[on_demand]).unwrap(), None);
+        assert_eq!(settings(&[on_demand, ("ISTIO_META_DNS_CAPTURE", "false")]).unwrap(), None);
+        settings(&[on_demand, ("ISTIO_META_DNS_CAPTURE", "true")]).unwrap_err();
+        let file = [on_demand, ("LOCAL_XDS_PATH", "/x")];
+        assert!(settings(&file).unwrap().is_some(), "a file has everything");
+    }
+}

@@ -1,8 +1,10 @@
 //! The sockets of a pod's DNS proxy. What is asked by UDP is answered from the address that was asked.
 
+mod conntrack;
 mod raw;
 
 use crate::socket;
+use conntrack::Conntrack;
 use nix::{
     cmsg_space,
     sys::socket::{
@@ -65,7 +67,17 @@ pub struct Dns {
 #[derive(Debug)]
 pub struct Queries {
     socket: std::net::UdpSocket,
-    raw: Option<Raw>,
+    way: Way,
+}
+
+/// How it is known whom a datagram was for, and how to answer in that name.
+#[derive(Debug)]
+enum Way {
+    /// The datagram says so itself.
+    Steered(Raw),
+    /// The namespace's connection tracking does, and gives answers the right name; by the address that the
+    /// socket is bound to.
+    Redirected(Option<Conntrack>, SocketAddr),
 }
 
 /// Who asked.
@@ -87,7 +99,7 @@ impl Asker {
 #[derive(Debug)]
 pub struct Served {
     socket: UdpSocket,
-    raw: Option<Raw>,
+    way: Way,
 }
 
 impl AsRawFd for Queries {
@@ -103,12 +115,18 @@ impl Queries {
         if v6 {
             setsockopt(&socket, Ipv6OrigDstAddr, &true)?;
         }
-        Ok(Self { socket: socket.into(), raw: Some(Raw::open(v6)?) })
+        Ok(Self { socket: socket.into(), way: Way::Steered(Raw::open(v6)?) })
     }
 
-    /// Those of a socket that is asked itself, as far as it can tell.
-    pub(super) fn plain(socket: Socket) -> Self {
-        Self { socket: socket.into(), raw: None }
+    /// Those of a socket that others' rules redirect to, in the namespace of the thread.
+    pub(super) fn redirected(socket: Socket) -> io::Result<Self> {
+        let conntrack = Conntrack::open();
+        if let Err(error) = &conntrack {
+            tracing::debug!(%error, "names are asked of our own servers, not of the pod's");
+        }
+        let socket = std::net::UdpSocket::from(socket);
+        let here = socket.local_addr()?;
+        Ok(Self { socket, way: Way::Redirected(conntrack.ok(), here) })
     }
 
     /// Serves them on the runtime of the caller.
@@ -117,7 +135,7 @@ impl Queries {
     ///
     /// Fails outside a runtime, or without descriptors.
     pub fn serve(self) -> io::Result<Served> {
-        Ok(Served { socket: UdpSocket::from_std(self.socket)?, raw: self.raw })
+        Ok(Served { socket: UdpSocket::from_std(self.socket)?, way: self.way })
     }
 }
 
@@ -136,8 +154,17 @@ impl Served {
             self.socket.readable().await?;
             match self.socket.try_io(Interest::READABLE, || receive(&self.socket, room)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                result => return result,
+                result => return result.map(|(length, asker)| (length, self.complete(asker))),
             }
+        }
+    }
+
+    fn complete(&self, asker: Asker) -> Asker {
+        match &self.way {
+            Way::Redirected(Some(conntrack), here) => {
+                Asker { server: conntrack.original_dst(asker.client, *here), ..asker }
+            }
+            Way::Redirected(None, _) | Way::Steered(_) => asker,
         }
     }
 
@@ -147,9 +174,11 @@ impl Served {
     ///
     /// Fails with the kernel's error where it cannot be sent.
     pub fn reply(&self, asker: &Asker, message: &[u8]) -> io::Result<()> {
-        match (&self.raw, asker.server) {
-            (Some(raw), Some(server)) => raw.send(server, asker.client, message),
-            (Some(_), None) | (None, _) => self.socket.try_send_to(message, asker.client).map(drop),
+        match (&self.way, asker.server) {
+            (Way::Steered(raw), Some(server)) => raw.send(server, asker.client, message),
+            (Way::Steered(_), None) | (Way::Redirected(..), _) => {
+                self.socket.try_send_to(message, asker.client).map(drop)
+            }
         }
     }
 }
@@ -232,7 +261,7 @@ pub(super) fn open(
             Ok((tcp, udp)) => {
                 tcp.listen(BACKLOG)?;
                 dns.tcp.push(tcp.into());
-                dns.udp.push(Queries::plain(udp));
+                dns.udp.push(Queries::redirected(udp)?);
             }
             Err(error) if !required && is_missing(&error) => {}
             Err(error) => return Err(error),

@@ -1,0 +1,95 @@
+//! Who may.
+
+use mesh_tests::{
+    Scene,
+    mesh::STRICT,
+    scene::{HTTP, TCP, web},
+    topology::NAMESPACE,
+    wait::{self, SOON},
+};
+use serde_json::{Value, json};
+
+use crate::start;
+
+#[test]
+fn plain_text_meets_strict() {
+    let mut scene = start(&[]).unwrap();
+    let own = [scene.outsider.v4(), scene.outsider.v6()];
+    for (to, own) in scene.server_at(HTTP).into_iter().zip(own) {
+        let said = scene.ask_until(&scene.outsider, to).unwrap();
+        assert_eq!(said["client"], own.to_string());
+    }
+    scene.mesh.strict(&[&scene.server]);
+    scene.apply_policy(STRICT).unwrap();
+    for to in scene.server_at(HTTP) {
+        assert!(scene.ask(&scene.outsider, to).is_err(), "{to} answered");
+        scene.ask(&scene.client, to).unwrap();
+    }
+    scene.mesh.permissive();
+    scene.apply().unwrap();
+    for to in scene.server_at(HTTP) {
+        scene.ask_until(&scene.outsider, to).unwrap();
+    }
+}
+
+#[test]
+fn policies_decide_by_port_identity_and_address() {
+    let mut scene = start(&[]).unwrap();
+    let client = &scene.client;
+    let http = web(80)[0];
+    let tcp = web(TCP)[0];
+    let answered = |scene: &Scene| scene.ask(&scene.client, http).is_ok();
+    let echoed =
+        |scene: &Scene| scene.client.tcp(tcp, &["echo", "x"]).is_ok_and(|echo| echo.is_ok());
+    let (v4, v6) = (format!("{}/32", client.v4()), format!("{}/128", client.v6()));
+    let table: [(&str, &str, Value, bool, bool); 6] = [
+        ("port", "Deny", json!([[[{ "destinationPorts": [HTTP] }]]]), false, true),
+        ("address", "Allow", json!([[[{ "sourceIps": [v4, v6] }]]]), true, true),
+        ("other-address", "Allow", json!([[[{ "sourceIps": ["192.0.2.0/24"] }]]]), false, false),
+        ("namespace", "Allow", json!([[[{ "namespaces": [{ "Prefix": "la" }] }]]]), true, true),
+        ("nobody", "Allow", json!([]), false, false),
+        (
+            "both-clauses",
+            "Deny",
+            json!([[[{ "destinationPorts": [TCP] }],
+                    [{ "principals": [{ "Suffix": "/sa/client" }] }]]]),
+            true,
+            false,
+        ),
+    ];
+    for (name, action, rules, http_may, tcp_may) in table {
+        scene.mesh.policy(name, action, &rules);
+        scene.apply_policy(name).unwrap();
+        assert_eq!((answered(&scene), echoed(&scene)), (http_may, tcp_may), "{name}");
+        // A dry run decides nothing.
+        scene.mesh.policy(name, action, &rules).set("dryRun", json!(true));
+        scene.apply().unwrap();
+        wait::until("dry run", SOON, || Ok((answered(&scene) && echoed(&scene)).then_some(())))
+            .unwrap();
+        scene.mesh.remove_policy(name);
+        scene.apply().unwrap();
+        scene.b.with_proxy(|proxy| proxy.wait_policy(name, false)).unwrap();
+    }
+}
+
+#[test]
+fn a_policy_that_has_not_come_denies_after_a_while() {
+    let mut scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    scene.mesh.select("not-yet", NAMESPACE, &[&scene.server]);
+    scene.apply().unwrap();
+    let waits = |dump: &Value| dump.to_string().contains("lab/not-yet");
+    scene.b.with_proxy(|proxy| proxy.wait_dump("the reference", waits)).unwrap();
+    let mark = scene.b.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    assert!(scene.ask(&scene.client, web(80)[0]).is_err());
+    let named = |line: &mesh_tests::log::Line| line.field("error").contains("lab/not-yet");
+    scene.b.with_proxy(|proxy| proxy.wait_access(mark, "it", named)).unwrap();
+    // It comes while a connection waits for it.
+    let to = web(TCP)[0].to_string();
+    let waiting = scene.client.spawn(["tcp", &to, "wait", "patience"]).unwrap();
+    let rules = json!([[[{ "namespaces": [{ "Exact": NAMESPACE }] }]]]);
+    let policy = scene.mesh.policy("not-yet", "Allow", &rules);
+    policy.set("scope", json!("WorkloadSelector"));
+    scene.apply_policy("not-yet").unwrap();
+    waiting.finish(SOON).unwrap().ok().unwrap();
+}

@@ -1,0 +1,85 @@
+//! The same rules by each tool that istio-cni may use.
+
+use mesh_tests::{
+    Scene,
+    capture::Capture,
+    istio_cni::Backend,
+    mesh::STRICT,
+    scene::{HTTP, TCP, web},
+    topology::PROBE,
+    wait::SOON,
+};
+use std::net::SocketAddr;
+
+/// In and out, in both families, by tunnel and in plain text, with the client's address; the pod and itself;
+/// probes; STRICT.
+fn serves(backend: Backend) {
+    let mut scene = Scene::external(backend, &[]).unwrap();
+    let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
+    for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
+        assert_eq!(scene.seen_as(&scene.client, to).unwrap(), own.to_string());
+    }
+    assert_eq!(capture.stop().unwrap().objection(), None);
+    let own = [scene.outsider.v4(), scene.outsider.v6()];
+    for (to, own) in scene.server_at(HTTP).into_iter().zip(own) {
+        assert_eq!(scene.seen_as(&scene.outsider, to).unwrap(), own.to_string());
+    }
+    scene.mesh.strict(&[&scene.server]);
+    scene.apply_policy(STRICT).unwrap();
+    for (to, source) in scene.server_at(HTTP).into_iter().zip([PROBE.0, PROBE.1]) {
+        assert!(scene.ask(&scene.outsider, to).is_err(), "{to} answered");
+        let (url, source) = (format!("http://{to}/"), source.to_string());
+        let curl = ["curl", "-gsS", "--max-time", "5", "--interface", &source, &url];
+        scene.b.run(curl).unwrap().ok().unwrap();
+    }
+    for to in web(80) {
+        scene.ask(&scene.client, to).unwrap();
+    }
+}
+
+#[test]
+fn iptables() {
+    serves(Backend::Iptables);
+}
+
+#[test]
+fn iptables_of_old() {
+    serves(Backend::Legacy);
+}
+
+#[test]
+fn nftables() {
+    serves(Backend::Nftables);
+}
+
+/// The rules lead to a port that nobody has: refused, and never let pass.
+#[test]
+fn a_dead_node_proxy_lets_nothing_pass_and_its_successor_takes_over() {
+    let settings = [("CAPTURE", "external")];
+    let scene = Scene::external(Backend::Iptables, &[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    scene.a.kill_proxy();
+    scene.b.kill_proxy();
+    let capture = Capture::start(scene.lab.wire(), &["in-clear"]).unwrap();
+    for to in web(TCP).into_iter().chain(scene.server_at(TCP)) {
+        for from in [&scene.client, &scene.server] {
+            // A pod reaches its own address without anybody's help.
+            if from.name() == "server" && scene.server_at(TCP).contains(&to) {
+                continue;
+            }
+            let got = from.tcp(to, &["echo", "in-clear"]).unwrap();
+            assert!(!got.is_ok(), "{to}: {}", got.out);
+        }
+    }
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.objection(), None);
+    assert!(seen.attempts.is_empty(), "{:?}", seen.attempts);
+    let plain = scene.outsider.tcp(SocketAddr::new(scene.server.v4(), TCP), &["who"]).unwrap();
+    assert!(!plain.is_ok(), "{}", plain.out);
+    scene.a.start_proxy(&settings).unwrap();
+    scene.b.start_proxy(&settings).unwrap();
+    for to in web(80) {
+        scene.ask_until(&scene.client, to).unwrap();
+    }
+    scene.a.with_proxy(|proxy| proxy.wait_ready(SOON)).unwrap();
+}

@@ -1,0 +1,106 @@
+//! What passes: to its end, and as it ended.
+
+use mesh_tests::{
+    Node, Program, Scene,
+    scene::{TCP, web},
+    wait::{self, SOON},
+};
+use std::{fs, net::SocketAddr};
+
+use crate::start;
+
+/// By tunnel, by the server's plain port, and past both: the client and where it goes.
+fn ways(scene: &Scene) -> [(&mesh_tests::Pod, SocketAddr); 5] {
+    let [v4, v6] = web(TCP);
+    let [_, plain] = scene.server_at(TCP);
+    let out = SocketAddr::new(scene.outsider.v4(), TCP);
+    [
+        (&scene.client, v4),
+        (&scene.client, v6),
+        (&scene.client, scene.server_at(TCP)[0]),
+        (&scene.outsider, plain),
+        (&scene.client, out),
+    ]
+}
+
+#[test]
+fn all_that_is_sent_comes_and_either_side_may_end_first() {
+    let scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    for (from, to) in ways(&scene) {
+        // The client ends its side and then reads; the server ends its side while the client could write.
+        from.tcp(to, &["sum", "30000000"]).unwrap().ok().unwrap();
+        from.tcp(to, &["send", "30000000"]).unwrap().ok().unwrap();
+    }
+}
+
+#[test]
+fn a_reset_arrives_as_a_reset() {
+    let scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    for (from, to) in ways(&scene) {
+        let said = from.tcp(to, &["reset", "100000"]).unwrap().ok().unwrap();
+        assert!(said.contains(r#""end":"reset""#), "{} to {to}: {said}", from.name());
+    }
+    // The outsider's own server is not asked what it saw.
+    for (from, to) in ways(&scene).into_iter().take(4) {
+        let ends = || -> Vec<String> {
+            let output = scene.tcp.output();
+            let lines = output.lines().filter(|line| line.starts_with("echo from"));
+            lines.map(str::to_owned).collect()
+        };
+        let before = ends().len();
+        from.tcp(to, &["cut"]).unwrap().ok().unwrap();
+        let seen = || Ok(ends().get(before).cloned());
+        let seen = wait::until("the server to see its end", SOON, seen).unwrap();
+        assert!(seen.ends_with(": reset"), "{} to {to}: {seen}", from.name());
+    }
+}
+
+/// MiB that a node's proxy has in memory.
+fn memory(node: &Node) -> u64 {
+    let pid = node.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4 / 1024
+}
+
+/// MiB that eight stalled streams may cost a node proxy: for each the stream's window of 1 MiB, or a send
+/// buffer of 256 KiB, and what chunks and the allocator add to them.
+const BOUND: u64 = 24;
+
+/// Eight connections whose reader does not read cost a bounded amount, and a ninth does not notice them.
+fn stalled(scene: &Scene, stall: impl Fn() -> Program) {
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    scene.client.tcp(web(TCP)[0], &["sum", "50000000"]).unwrap().ok().unwrap();
+    let before = [memory(&scene.a), memory(&scene.b)];
+    let _stalled: Vec<_> = (0..8).map(|_| stall()).collect();
+    for what in ["sum", "send"] {
+        scene.client.tcp(web(TCP)[0], &[what, "50000000"]).unwrap().ok().unwrap();
+    }
+    for (node, before) in [&scene.a, &scene.b].into_iter().zip(before) {
+        let grown = memory(node).saturating_sub(before);
+        assert!(grown <= BOUND, "{grown} MiB more on {}", node.name());
+    }
+}
+
+#[test]
+fn a_server_that_does_not_read_slows_nobody_else() {
+    let scene = start(&[]).unwrap();
+    let to = web(TCP)[0].to_string();
+    stalled(&scene, || {
+        let mut program = scene.client.spawn(["tcp", &to, "flood"]).unwrap();
+        program.says("stalled", SOON).unwrap();
+        program
+    });
+}
+
+#[test]
+fn a_client_that_does_not_read_slows_nobody_else() {
+    let scene = start(&[]).unwrap();
+    let to = web(TCP)[0].to_string();
+    stalled(&scene, || {
+        let mut program = scene.client.spawn(["tcp", &to, "deaf", "100000000"]).unwrap();
+        program.says("deaf", SOON).unwrap();
+        program
+    });
+}
