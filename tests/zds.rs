@@ -9,6 +9,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, RawFd},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use mesh_tests::{
@@ -390,6 +391,8 @@ fn a_number_of_a_namespace_that_is_used_again_is_another_namespace() {
         }
         netns::remove(&name);
         others.push(again);
+        // It takes a namespace apart on a thread of its own.
+        wait::pause(Duration::from_millis(50));
     };
     println!("number {first}, used again: {}", inode(again.fd()) == first);
     door.proxy = begin(&door.node, &door.agent.path);

@@ -102,7 +102,8 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let metrics = Metrics::new(&doors.registry, &config.node.version);
     let dns = config.dns.map(|dns| {
         let metrics = mesh_dns::Metrics::new(&doors.registry);
-        Arc::new(mesh_dns::Resolver::new(dns.settings, state.clone(), metrics))
+        let resolver = mesh_dns::Resolver::new(dns.settings, state.clone(), metrics);
+        crate::dns::Names { resolver: Arc::new(resolver), readiness: doors.readiness.clone() }
     });
     watch_log(&doors.registry, log);
     let shared = Shared {
@@ -184,7 +185,7 @@ fn version(istio: &str) -> serde_json::Value {
         "buildProfile": if cfg!(debug_assertions) { "debug" } else { "release" },
         "buildStatus": "Clean",
         "istioVersion": istio,
-        "cryptoProvider": "aws-lc",
+        "cryptoProvider": if cfg!(feature = "fips") { "aws-lc-fips" } else { "aws-lc" },
     })
 }
 
@@ -249,6 +250,10 @@ fn certificates(
     registry: &Registry,
     base: &Tasks,
 ) -> anyhow::Result<Certificates> {
+    anyhow::ensure!(
+        !cfg!(feature = "fips") || config.tls.options.is_fips(),
+        "this was built for FIPS, and its crypto is not the validated module's"
+    );
     let clock = Arc::new(SystemClock);
     let mut context = Context::new(config.tls.options, Arc::<SystemClock>::clone(&clock));
     if let Some(path) = &config.tls.revocations

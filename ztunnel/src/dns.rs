@@ -1,10 +1,14 @@
 //! The DNS proxy of a pod: `mesh_dns` with the pod's sockets.
 
 use crate::pod::Pod;
-use mesh_core::OriginalDst;
+use mesh_core::{OriginalDst, Workload};
 use mesh_dns::{Dial, Resolver, Step, Transport};
 use mesh_platform::redirect::{Asker, Dns, Queries, Served};
-use mesh_runtime::net::{Listener, accept_until};
+use mesh_runtime::{
+    net::{Listener, accept_until},
+    ready::Readiness,
+};
+use mesh_xds::client::STATE;
 use std::{
     io,
     net::{SocketAddr, TcpListener},
@@ -14,7 +18,7 @@ use std::{
 use tokio::{
     net::{TcpStream, UdpSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -26,24 +30,38 @@ const LONGEST: usize = 65535;
 /// After a socket's error. Without memory it would fail again at once.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// How long a query waits for the mesh to be known.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the DNS proxies of all pods share.
+#[derive(Clone, Debug)]
+pub(crate) struct Names {
+    /// Answers.
+    pub(crate) resolver: Arc<Resolver>,
+    /// Says when the state has been filled once: until then a name of the mesh would be taken for somebody
+    /// else's, and what nobody knows is remembered by clients.
+    pub(crate) readiness: Readiness,
+}
+
+impl Names {
+    fn is_known(&self) -> bool {
+        self.readiness.is_open(STATE)
+    }
+}
+
 /// The DNS proxy of one pod.
 #[derive(Debug)]
 struct Proxy {
     pod: Arc<Pod>,
-    resolver: Arc<Resolver>,
+    names: Names,
     places: Arc<Semaphore>,
 }
 
 /// Serves the pod until `closing`.
-pub(crate) fn serve(
-    pod: &Arc<Pod>,
-    resolver: &Arc<Resolver>,
-    dns: Dns,
-    closing: &CancellationToken,
-) {
+pub(crate) fn serve(pod: &Arc<Pod>, names: &Names, dns: Dns, closing: &CancellationToken) {
     let proxy = Arc::new(Proxy {
         pod: Arc::clone(pod),
-        resolver: Arc::clone(resolver),
+        names: names.clone(),
         places: Arc::new(Semaphore::new(AT_ONCE)),
     });
     for queries in dns.udp {
@@ -77,6 +95,12 @@ impl Dial for Proxy {
 impl Proxy {
     fn place(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.places).try_acquire_owned().ok()
+    }
+
+    /// Who asks, once that and the mesh are known.
+    async fn client(&self) -> Option<Arc<Workload>> {
+        timeout(PATIENCE, self.names.readiness.opened(STATE)).await.ok()?;
+        self.pod.workload().await.ok()
     }
 
     async fn datagrams(
@@ -153,10 +177,11 @@ impl Proxy {
         (transport, asked): (Transport, Option<SocketAddr>),
         reply: impl FnOnce(Vec<u8>) + Send + 'static,
     ) {
-        let (client, place) = (self.pod.workload_now(), self.place());
+        let client = self.pod.workload_now().filter(|_| self.names.is_known());
+        let place = self.place();
         // Where there is no room to wait for who the client is, it is nobody.
         let now = client.is_some() || place.is_none();
-        let step = now.then(|| self.resolver.ask(message, transport, client.as_ref()));
+        let step = now.then(|| self.names.resolver.ask(message, transport, client.as_ref()));
         let unanswered = match step {
             Some(Step::Reply(message)) => return reply(message),
             Some(Step::Ignore) => return,
@@ -175,8 +200,8 @@ impl Proxy {
             let unanswered = match unanswered {
                 Some(unanswered) => unanswered,
                 None => {
-                    let client = proxy.pod.workload().await.ok();
-                    match proxy.resolver.ask(&message, transport, client.as_ref()) {
+                    let client = proxy.client().await;
+                    match proxy.names.resolver.ask(&message, transport, client.as_ref()) {
                         Step::Reply(message) => return reply(message),
                         Step::Ignore => return,
                         Step::Forward(unanswered) => unanswered,
@@ -184,7 +209,7 @@ impl Proxy {
                 }
             };
             let server = asked.filter(is_elsewhere);
-            reply(proxy.resolver.forward(&unanswered, server, &*proxy).await);
+            reply(proxy.names.resolver.forward(&unanswered, server, &*proxy).await);
             drop(place);
         });
     }

@@ -13,10 +13,9 @@ use crate::{
     outbound::{self, PlanConfig},
     telemetry::{Reporter, Telemetry},
 };
-use mesh_core::{Failure, NetworkId, PeerAddr, Reason, Workload};
-use mesh_dns::Resolver;
+use mesh_core::{Failure, NetworkId, PeerAddr, Reason, SpiffeId, Workload};
 use mesh_hbone::{Pool, Settings};
-use mesh_identity::{Certificates, WorkloadCertificate};
+use mesh_identity::{Certificates, Held, WorkloadCertificate};
 use mesh_platform::{
     netns::Netns,
     redirect::{self, CaptureError, Door, Redirect},
@@ -30,7 +29,7 @@ use mesh_state::{Enrolment, Handle, PodInfo};
 use std::{
     fmt,
     net::{SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio::{sync::watch, time::timeout};
@@ -73,7 +72,7 @@ pub(crate) struct Shared {
     pub(crate) demand: Demand,
     pub(crate) telemetry: Telemetry,
     /// Answers names, if that is wanted.
-    pub(crate) dns: Option<Arc<Resolver>>,
+    pub(crate) dns: Option<crate::dns::Names>,
 }
 
 /// A pod that is served. What belongs to it ends with it: its listeners, tunnels and connections.
@@ -85,6 +84,8 @@ pub(crate) struct Pod {
     pub(crate) pool: Pool,
     pub(crate) connections: Connections,
     pub(crate) tasks: Tasks,
+    /// Who the pod is. Goes with the last connection: until then, there may be another tunnel.
+    held: Mutex<Option<Held>>,
 }
 
 impl fmt::Debug for Pod {
@@ -144,6 +145,7 @@ impl Pod {
             pool: Pool::new(shared.config.hbone.clone(), tasks.child()),
             connections: Connections::default(),
             tasks: tasks.child(),
+            held: Mutex::default(),
         })
     }
 
@@ -169,8 +171,8 @@ impl Pod {
             yielded.await;
             drop(close);
         });
-        if let (Some(resolver), Some(dns)) = (&self.shared.dns, self.sockets.take_dns()) {
-            crate::dns::serve(self, resolver, dns, &closing);
+        if let (Some(names), Some(dns)) = (&self.shared.dns, self.sockets.take_dns()) {
+            crate::dns::serve(self, names, dns, &closing);
         }
         self.accept_until(Door::Outbound, (listeners.outbound, &closing), outbound::accepted);
         self.accept_until(
@@ -186,13 +188,19 @@ impl Pod {
         let mut workload = self.enrolment.workload.clone();
         loop {
             let identity = workload.borrow_and_update().as_ref().map(|w| w.identity.clone());
-            if let Some(identity) = identity {
-                self.shared.certificates.prefetch(identity);
-            }
+            self.hold(identity);
             tokio::select! {
                 changed = workload.changed() => if changed.is_err() { return },
                 () = draining.stopping() => return,
             }
+        }
+    }
+
+    /// Keeps the certificate of this identity, and not that of the one before.
+    fn hold(&self, identity: Option<SpiffeId>) {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.as_ref().map(Held::identity) != identity.as_ref() {
+            *held = identity.map(|identity| self.shared.certificates.hold(identity));
         }
     }
 

@@ -58,6 +58,11 @@ pub fn lacking(ebpf: bool) -> Vec<Lack> {
             "run as root with CAP_SYS_ADMIN (or CAP_BPF) on a kernel with CONFIG_BPF_SYSCALL",
             bpf(),
         );
+        lack(
+            "rules and routes cannot be written in pods",
+            "run as root with CAP_NET_ADMIN",
+            net_admin(),
+        );
         if !Path::new("/sys/kernel/btf/vmlinux").exists() {
             found.push(Lack {
                 what: "the kernel has no BTF (/sys/kernel/btf/vmlinux)",
@@ -77,6 +82,19 @@ fn release(release: &OsStr) -> io::Result<()> {
     // What cannot be read is left to the attempts that follow.
     if ((1, 0)..(5, 15)).contains(&version) {
         return Err(io::Error::other(format!("this is {text}")));
+    }
+    Ok(())
+}
+
+/// Not by an attempt: one that has the capability would change something.
+fn net_admin() -> io::Result<()> {
+    const CAP_NET_ADMIN: u32 = 12;
+    let status = std::fs::read_to_string("/proc/thread-self/status")?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    // Where it is not told, the first pod will.
+    if effective.is_some_and(|set| set & (1 << CAP_NET_ADMIN) == 0) {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
     }
     Ok(())
 }

@@ -206,6 +206,25 @@ mod tests {
         assert_eq!(connect().unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
+    /// What every server here takes is a [`Listener`], so that any of them can be handed to the next process.
+    #[tokio::test]
+    async fn an_inherited_descriptor_listens_on_and_has_its_queue() {
+        let first = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let client = TcpStream::connect(first.local_addr().unwrap()).unwrap();
+        let descriptor = OwnedFd::from(first.into_socket());
+        let next = Listener::from_socket(TcpListener::from(descriptor)).unwrap();
+        let (tell, mut told) = mpsc::channel(1);
+        let stop = std::future::pending::<()>;
+        let accepting =
+            accept_until(next, stop, |stream, peer| tell.try_send((stream, peer)).unwrap());
+        tokio::select! {
+            ended = accepting => panic!("{ended:?}"),
+            queued = told.recv() => {
+                assert_eq!(queued.unwrap().1, client.local_addr().unwrap());
+            }
+        }
+    }
+
     #[tokio::test]
     async fn a_socket_that_does_not_listen_is_an_error() {
         let listener = Listener::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();

@@ -1,11 +1,20 @@
 //! Named gates: the process is ready when every gate has been opened by an explicit call.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
 
 /// What the process still waits for.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<Mutex<Gates>>);
+pub struct Readiness(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    gates: Mutex<Gates>,
+    opened: Notify,
+}
 
 #[derive(Debug, Default)]
 struct Gates {
@@ -51,8 +60,30 @@ impl Readiness {
         names.into_iter().map(str::to_owned).collect()
     }
 
+    /// Whether no gate of this name is closed.
+    #[must_use]
+    pub fn is_open(&self, name: &str) -> bool {
+        !self.lock().closed.iter().any(|(closed, _)| *closed == name)
+    }
+
+    /// Waits until no gate of this name is closed.
+    ///
+    /// # Cancel safety
+    ///
+    /// May be dropped at any time.
+    pub async fn opened(&self, name: &str) {
+        loop {
+            let mut opened = pin!(self.0.opened.notified());
+            opened.as_mut().enable();
+            if self.is_open(name) {
+                return;
+            }
+            opened.await;
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Gates> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.gates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -62,6 +93,7 @@ impl Gate {
         let mut gates = self.readiness.lock();
         if open {
             gates.closed.remove(&(self.name, self.id));
+            self.readiness.0.opened.notify_waiters();
         } else {
             gates.closed.insert((self.name, self.id));
         }
@@ -97,6 +129,20 @@ mod tests {
         assert!(ready.pending().is_empty());
         workloads.set(false);
         assert_eq!(ready.pending(), ["workload proxy manager"]);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_gate_is_told() {
+        let ready = Readiness::new();
+        let gate = ready.gate("state manager");
+        let _other = ready.gate("proxy");
+        assert!(!ready.is_open("state manager") && ready.is_open("nobody's"));
+        let open = async {
+            tokio::task::yield_now().await;
+            gate.set(true);
+        };
+        tokio::join!(ready.opened("state manager"), open);
+        ready.opened("state manager").await;
     }
 
     #[test]

@@ -38,8 +38,8 @@ const LONGEST_DELAY: Duration = Duration::from_secs(15);
 /// After a stream that ended as streams do.
 const RECONNECT_DELAY: Duration = Duration::from_millis(10);
 
-/// What readiness waits for, in Istio's words.
-const STATE: &str = "state manager";
+/// The gate that opens when everything has come once, in Istio's words.
+pub const STATE: &str = "state manager";
 
 /// Any error.
 pub type BoxError = Box<dyn Error + Send + Sync>;

@@ -2,6 +2,7 @@
 
 mod lab;
 mod pinned;
+mod requests;
 mod steering;
 mod takeover;
 

@@ -5,7 +5,7 @@ use super::{
     Ebpf, UID, canonical,
     lab::{self, FAMILIES, Family, Lab, accept, close, dial, echo, listen},
 };
-use crate::redirect::{Listeners, Pod, Redirect};
+use crate::redirect::{External, ExternalSettings, Listeners, Pod, Redirect};
 use mesh_ebpf_common::cfg;
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
@@ -224,4 +224,23 @@ fn a_pod_can_be_served_on_inherited_listeners() {
         let upstream = super::finish(redirect.to_network(&pod, to).unwrap()).unwrap();
         echo(&upstream, &accept(&server).0);
     }
+}
+
+#[test]
+fn so_can_one_that_others_redirect() {
+    let lab = Lab::new("ine");
+    let external = External::new(ExternalSettings::default());
+    let old = external.enrol(UID, &lab.pod).unwrap().take_listeners().unwrap();
+    let Family { pod: own, .. } = FAMILIES[1];
+    let ports = [15001, 15006, 15008];
+    let waiting = ports.map(|port| dial(&lab.peer, None, SocketAddr::new(own, port)).unwrap());
+    let next = External::new(ExternalSettings::default());
+    let pod = next.enrol_with(UID, &lab.pod, Some(old)).unwrap();
+    let Listeners { outbound, inbound, hbone, .. } = pod.take_listeners().unwrap();
+    for (client, listener) in waiting.iter().zip([&outbound, &inbound, &hbone]) {
+        let (stream, from) = accept(listener);
+        assert_eq!(from, client.local_addr().unwrap());
+        echo(client, &stream);
+    }
+    assert!(next.original_source(&pod));
 }
