@@ -25,6 +25,8 @@ fn every_status() {
     let name = hostname("web");
     for (authority, status) in [
         (format!("{ip}:{HTTP}"), 200),
+        // The same, as a socket of the other family has it.
+        (format!("[::ffff:{ip}]:{HTTP}"), 200),
         // The service's port is the pod's 8080.
         (format!("{name}:80"), 200),
         // No port; not this pod; not this pod in the other family.

@@ -31,6 +31,28 @@ fn a_pod_and_itself() {
     }
 }
 
+/// An IPv4 address in IPv6's clothes is the IPv4 address, wherever it turns up.
+#[test]
+fn one_socket_for_both_families() {
+    let scene = start(&[]).unwrap();
+    let mapped = |to: SocketAddr| match to.ip() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), to.port()),
+        IpAddr::V6(_) => to,
+    };
+    let own = scene.client.v4().to_string();
+    assert_eq!(scene.seen_as(&scene.client, mapped(web(80)[0])).unwrap(), own);
+    assert_eq!(scene.seen_as(&scene.client, mapped(scene.server_at(HTTP)[0])).unwrap(), own);
+    for node in [&scene.a, &scene.b] {
+        let tunnelled = |line: &mesh_tests::log::Line| !line.field("dst.hbone_addr").is_empty();
+        node.with_proxy(|proxy| {
+            let line = proxy.wait_access(0, "a tunnel", tunnelled)?;
+            assert!(!line.text.contains("ffff"), "{}", line.text);
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
 #[test]
 fn probes_pass_and_the_node_does_not() {
     let mut scene = start(&[]).unwrap();

@@ -93,3 +93,56 @@ fn a_policy_that_has_not_come_denies_after_a_while() {
     scene.apply_policy("not-yet").unwrap();
     waiting.finish(SOON).unwrap().ok().unwrap();
 }
+
+/// A denial that comes later ends what is open; a dry run, another's policy and a missing one do not.
+#[test]
+fn a_new_policy_closes_what_it_denies_and_nothing_else() {
+    let mut scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let [tunnelled, plain] =
+        [(&scene.client, web(TCP)[0]), (&scene.outsider, scene.server_at(TCP)[1])].map(
+            |(from, to)| {
+                let mut program = from.spawn(["tcp", &to.to_string(), "hold"]).unwrap();
+                program.says("open", SOON).unwrap();
+                program
+            },
+        );
+    let (mut tunnelled, mut plain) = (tunnelled, plain);
+    let mark = scene.b.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    let rules = json!([[[{ "destinationPorts": [TCP] }]]]);
+    scene.mesh.policy("dry", "Deny", &rules).set("dryRun", json!(true));
+    scene.mesh.policy("other", "Deny", &json!([[[{ "destinationPorts": [HTTP] }]]]));
+    scene.mesh.select("missing", NAMESPACE, &[&scene.server]);
+    scene.apply_policy("other").unwrap();
+    scene.b.with_proxy(|proxy| proxy.wait_policy("dry", true)).unwrap();
+    assert!(tunnelled.is_running() && plain.is_running());
+    // Who has no identity goes, and who has one stays.
+    let rules = json!([[[{ "notPrincipals": [{ "Presence": [] }] }]]]);
+    scene.mesh.policy("identified", "Deny", &rules);
+    scene.apply_policy("identified").unwrap();
+    plain.says("closed", SOON).unwrap();
+    assert!(tunnelled.is_running());
+    scene.mesh.policy("all", "Deny", &json!([[[{ "destinationPorts": [TCP] }]]]));
+    scene.apply_policy("all").unwrap();
+    tunnelled.says("closed", SOON).unwrap();
+    for name in ["identified", "all"] {
+        let told =
+            format!("connection closed due to policy change: explicitly denied by: lab/{name}");
+        scene
+            .b
+            .with_proxy(|proxy| {
+                let is = |line: &mesh_tests::log::Line| line.field("error").contains(&told);
+                proxy.wait_access(mark, name, is)
+            })
+            .unwrap();
+    }
+    let denied = [("response_flags", "DENY"), ("reporter", "destination")];
+    scene
+        .b
+        .with_proxy(|proxy| {
+            let closed = proxy.metrics()?.sum("istio_tcp_connections_closed_total", &denied);
+            assert!(closed >= 2.0, "{closed}");
+            Ok(())
+        })
+        .unwrap();
+}

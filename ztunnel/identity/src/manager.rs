@@ -57,6 +57,8 @@ struct Shared {
 
 struct Work {
     schedule: Schedule<SpiffeId>,
+    /// How many workloads of this node have each identity.
+    held: HashMap<SpiffeId, usize>,
     stopped: bool,
 }
 
@@ -173,6 +175,14 @@ impl Certificates {
         }
     }
 
+    /// Has a certificate ready for a workload of this node, and kept fresh, until the last that has its identity
+    /// lets go.
+    pub fn hold(&self, identity: SpiffeId) -> Held {
+        *self.0.work().held.entry(identity.clone()).or_default() += 1;
+        self.prefetch(identity.clone());
+        Held { certificates: self.clone(), identity }
+    }
+
     /// Follows a peer whose chain was verified with this certificate just now, for as long as the tunnel with it
     /// lives.
     #[must_use]
@@ -187,9 +197,7 @@ impl Certificates {
 
     /// Drops the certificate of an identity that no local workload has any more. Tunnels that use it live on.
     pub fn forget(&self, identity: &SpiffeId) {
-        let mut work = self.0.work();
-        work.schedule.forget(identity);
-        self.0.slots.write().unwrap_or_else(PoisonError::into_inner).remove(identity);
+        self.0.forget(&mut self.0.work(), identity);
     }
 
     /// The section `certificates` of `/config_dump`: no keys.
@@ -215,12 +223,48 @@ impl Certificates {
     }
 }
 
+/// The identity of a workload of this node. While one lives, its certificate is kept.
+#[derive(Debug)]
+#[must_use]
+pub struct Held {
+    certificates: Certificates,
+    identity: SpiffeId,
+}
+
+impl Held {
+    /// Whose.
+    #[must_use]
+    pub fn identity(&self) -> &SpiffeId {
+        &self.identity
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let shared = &self.certificates.0;
+        let mut work = shared.work();
+        let left = work.held.get_mut(&self.identity).map_or(0, |count| {
+            *count -= 1;
+            *count
+        });
+        if left == 0 {
+            work.held.remove(&self.identity);
+            shared.forget(&mut work, &self.identity);
+        }
+    }
+}
+
 impl Shared {
     /// The fast path: no task is involved.
     fn cached(&self, identity: &SpiffeId) -> Option<Arc<WorkloadCertificate>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let state = slots.get(identity)?.borrow();
         state.valid_at(self.context.now()).map(Arc::clone)
+    }
+
+    fn forget(&self, work: &mut Work, identity: &SpiffeId) {
+        work.schedule.forget(identity);
+        self.slots.write().unwrap_or_else(PoisonError::into_inner).remove(identity);
     }
 
     fn want(
@@ -264,7 +308,11 @@ impl Manager {
         let shared = Arc::new(Shared {
             context,
             slots: RwLock::default(),
-            work: Mutex::new(Work { schedule: Schedule::new(MOST_FETCHES), stopped: false }),
+            work: Mutex::new(Work {
+                schedule: Schedule::new(MOST_FETCHES),
+                held: HashMap::new(),
+                stopped: false,
+            }),
             wake: Notify::new(),
             issued: AtomicU64::new(0),
             failed: AtomicU64::new(0),

@@ -46,8 +46,14 @@ static SUITES_12: [SupportedCipherSuite; 4] = [
 ];
 
 /// The hybrid group comes last: its key share is 1.2 kB, and a `ClientHello` with it takes two packets.
+#[cfg(not(feature = "fips"))]
 static GROUPS: [&dyn SupportedKxGroup; 4] =
     [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1, kx_group::X25519MLKEM768];
+
+/// X25519 by itself is not approved.
+#[cfg(feature = "fips")]
+static GROUPS: [&dyn SupportedKxGroup; 3] =
+    [kx_group::SECP256R1, kx_group::SECP384R1, kx_group::X25519MLKEM768];
 
 static TLS13: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
 static TLS13_AND_12: [&SupportedProtocolVersion; 2] =
@@ -64,6 +70,12 @@ impl Options {
         let kx_groups =
             if self.post_quantum { vec![kx_group::X25519MLKEM768] } else { GROUPS.to_vec() };
         CryptoProvider { cipher_suites, kx_groups, ..aws_lc_rs::default_provider() }
+    }
+
+    /// Whether all of it is the validated module's. Only a build with the feature `fips` has that.
+    #[must_use]
+    pub fn is_fips(self) -> bool {
+        self.provider().fips()
     }
 
     /// The versions, newest first.
@@ -155,22 +167,19 @@ mod tests {
             [CipherSuite::TLS13_AES_128_GCM_SHA256, CipherSuite::TLS13_AES_256_GCM_SHA384]
         );
         let groups: Vec<_> = provider.kx_groups.iter().map(|g| g.name()).collect();
-        assert_eq!(
-            groups,
-            [
-                NamedGroup::X25519,
-                NamedGroup::secp256r1,
-                NamedGroup::secp384r1,
-                NamedGroup::X25519MLKEM768
-            ]
-        );
+        let approved = [NamedGroup::secp256r1, NamedGroup::secp384r1, NamedGroup::X25519MLKEM768];
+        match cfg!(feature = "fips") {
+            true => assert_eq!(groups, approved),
+            false => assert_eq!(groups, [&[NamedGroup::X25519], &approved[..]].concat()),
+        }
+        assert_eq!(Options::default().is_fips(), cfg!(feature = "fips"));
     }
 
     #[test]
     fn options() {
         for (name, post_quantum, tls12, suites, groups, versions) in [
-            ("default", false, false, 2, 4, 1),
-            ("tls 1.2", false, true, 6, 4, 2),
+            ("default", false, false, 2, GROUPS.len(), 1),
+            ("tls 1.2", false, true, 6, GROUPS.len(), 2),
             ("post-quantum", true, false, 2, 1, 1),
             ("post-quantum rules tls 1.2 out", true, true, 2, 1, 1),
         ] {

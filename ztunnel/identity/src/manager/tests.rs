@@ -248,6 +248,23 @@ async fn forgetting_discards_what_is_in_flight() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_certificate_is_kept_while_a_workload_has_its_identity() {
+    let bed = Bed::new(SECOND);
+    let (one, two) = (bed.certificates.hold(id(CLIENT)), bed.certificates.hold(id(CLIENT)));
+    assert_eq!(one.identity(), &id(CLIENT));
+    after(2 * SECOND).await;
+    assert_eq!(bed.asked().len(), 1, "ready before it is asked for");
+    drop(one);
+    let before = Instant::now();
+    bed.get().await.unwrap();
+    assert_eq!(before, Instant::now());
+    drop(two);
+    assert_eq!(bed.certificates.dump(), serde_json::json!([]));
+    after(2 * HOUR).await;
+    assert_eq!(bed.asked().len(), 1, "no refresh of what nobody has");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_silent_ca_is_given_up() {
     let bed = Bed::new(HOUR);
     let start = Instant::now();

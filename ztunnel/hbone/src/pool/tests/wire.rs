@@ -39,7 +39,7 @@ fn limit(streams: u32) -> Vec<u8> {
 struct Wire {
     world: World,
     to: SocketAddr,
-    frames: mpsc::UnboundedReceiver<Frame>,
+    frames: mpsc::Receiver<Frame>,
     orders: mpsc::Sender<Vec<u8>>,
     connections: Arc<AtomicUsize>,
 }
@@ -49,7 +49,7 @@ impl Wire {
         let world = World::new().await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let to = listener.local_addr().unwrap();
-        let (told, frames) = mpsc::unbounded_channel();
+        let (told, frames) = mpsc::channel(256);
         let (orders, taken) = mpsc::channel(16);
         let connections = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&connections);
@@ -63,7 +63,7 @@ impl Wire {
                 let (told, first) = (told.clone(), first.clone());
                 served.spawn(move |_| async move {
                     // The test may be over.
-                    let _end = speak(connection, stream, &first, &told, orders).await;
+                    let _end = Box::pin(speak(connection, stream, &first, &told, orders)).await;
                 });
             }
         });
@@ -106,7 +106,7 @@ async fn speak(
     connection: usize,
     stream: tokio::net::TcpStream,
     first: &[u8],
-    told: &mpsc::UnboundedSender<Frame>,
+    told: &mpsc::Sender<Frame>,
     mut orders: mpsc::Receiver<Vec<u8>>,
 ) -> io::Result<()> {
     let tls = Arc::clone(&configs().server);
@@ -138,7 +138,7 @@ async fn speak(
                 (PING, 0) => self::frame(PING, ACK, 0, &frame.payload),
                 _ => Vec::new(),
             };
-            let _test_is_over = told.send(frame);
+            let _test_is_over = told.send(frame).await;
             io.write_all(&answer).await?;
             io.flush().await?;
         }

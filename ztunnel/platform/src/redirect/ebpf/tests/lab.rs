@@ -16,7 +16,7 @@ use std::{
 /// What should happen happens by then.
 const SOON: Duration = Duration::from_secs(5);
 /// What should not has not happened by then.
-const NEVER: Duration = Duration::from_millis(300);
+pub(super) const NEVER: Duration = Duration::from_millis(300);
 
 /// The addresses of a family.
 #[derive(Clone, Copy, Debug)]
