@@ -4,7 +4,14 @@
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 if [ -z "${IN_CLUSTER:-}" ]; then
-  ns=lab$$; trap 'ip netns del $ns' EXIT
+  ns=lab$$
+  end() { # what outlives the process namespace: names, cgroups, and what containers were made of
+    ip netns del "$ns"
+    find /sys/fs/cgroup -mindepth 2 -depth -type d \( -path '*/lab-node-*' -o -path '*/k8s.io*' \) -exec rmdir {} + 2>/dev/null
+    rmdir /host 2>/dev/null
+    [ -z "${BED_TEMPORARY:-}" ] || rm -rf "$run_of_it"
+  }
+  run_of_it=$2; trap end EXIT; trap 'exit 130' INT TERM
   IN_CLUSTER=1 "$here/isolated.sh" "$ns" "$0" "$@"; exit
 fi
 bin=$(realpath "$1"); mkdir -p "$2"; run=$(realpath "$2"); shift 2
