@@ -400,6 +400,19 @@ fn roots_change_without_cutting_a_tunnel() {
 }
 
 #[test]
+fn a_certificate_goes_with_the_last_pod_that_has_its_identity() {
+    let world = World::start(&[]);
+    world.works();
+    let has = |dump: &serde_json::Value| dump["certificates"].to_string().contains("/sa/client");
+    world.scene.a.with_proxy(|proxy| proxy.wait_dump("the certificate", has)).unwrap();
+    world.scene.a.release(&world.scene.client).unwrap();
+    world.scene.a.with_proxy(|proxy| proxy.wait_dump("no certificate", |dump| !has(dump))).unwrap();
+    // And comes again with it.
+    world.scene.a.enrol(&world.scene.client, "client").unwrap();
+    world.works();
+}
+
+#[test]
 fn what_tls_is_spoken_is_a_setting() {
     for (settings, old, old_speaks) in [
         (&[][..], true, false),

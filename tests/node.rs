@@ -4,7 +4,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Ipv6Addr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::Duration,
@@ -15,7 +15,6 @@ use mesh_tests::{
     capture::Capture,
     mesh::identity,
     scene::{HTTP, TCP, TUNNEL, web},
-    topology::PROBE,
     wait::{self, SOON},
 };
 use serde_json::json;
@@ -42,37 +41,6 @@ fn a_socket_bound_to_the_device_is_captured_too() {
         let url = format!("http://{to}/");
         let bound = ["curl", "-gsS", "--max-time", "8", "--interface", "if!eth0", &url];
         scene.client.run(bound).unwrap().ok().unwrap();
-    }
-}
-
-#[test]
-fn a_pod_and_itself() {
-    let scene = Scene::start(&[]).unwrap();
-    let server = &scene.server;
-    let direct = [server.v4(), server.v6(), [127, 0, 0, 1].into(), Ipv6Addr::LOCALHOST.into()];
-    for ip in direct {
-        let said = scene.ask(server, SocketAddr::new(ip, HTTP)).unwrap();
-        assert_eq!(said["local"], ip.to_string());
-    }
-    for (to, own) in web(80).into_iter().zip([server.v4(), server.v6()]) {
-        let said = scene.ask_until(server, to).unwrap();
-        assert_eq!(said["name"], "server");
-        assert_eq!(said["client"], own.to_string());
-    }
-}
-
-#[test]
-fn probes_pass_and_the_node_does_not() {
-    let mut scene = Scene::start(&[]).unwrap();
-    scene.mesh.strict(&[&scene.server]);
-    scene.apply_policy(mesh_tests::mesh::STRICT).unwrap();
-    for (to, source) in scene.server_at(HTTP).into_iter().zip([PROBE.0, PROBE.1]) {
-        let (url, source) = (format!("http://{to}/"), source.to_string());
-        let curl = ["curl", "-gsS", "--max-time", "5"];
-        let as_probe = ["--interface", &source, &url];
-        scene.b.run(curl.iter().chain(&as_probe)).unwrap().ok().unwrap();
-        // The node itself is as good as anybody.
-        assert!(!scene.b.run(curl.iter().chain(&[url.as_str()])).unwrap().is_ok());
     }
 }
 
@@ -406,57 +374,4 @@ fn the_agent_may_come_and_go() {
             wait::until("readiness", SOON, ready)
         })
         .unwrap();
-}
-
-/// The rules that istio-cni writes (without DNS), for `CAPTURE=external`.
-fn istio_cni_rules(pod: &mesh_tests::Pod) {
-    for (iptables, ip, local, probe) in [
-        ("iptables", "-4", "127.0.0.1/32", PROBE.0.to_string()),
-        ("ip6tables", "-6", "::1/128", PROBE.1.to_string()),
-    ] {
-        let not_ours = "-m mark ! --mark 0x539/0xfff";
-        let script = format!(
-            "set -e
-            ip {ip} rule add fwmark 0x111/0xfff pref 32764 lookup 100
-            ip {ip} route add local default dev lo table 100
-            {iptables} -t mangle -N ISTIO_PRERT; {iptables} -t mangle -A PREROUTING -j ISTIO_PRERT
-            {iptables} -t mangle -N ISTIO_OUTPUT; {iptables} -t mangle -A OUTPUT -j ISTIO_OUTPUT
-            {iptables} -t mangle -A ISTIO_PRERT -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
-            {iptables} -t mangle -A ISTIO_OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark
-            {iptables} -t nat -N ISTIO_PRERT; {iptables} -t nat -A PREROUTING -j ISTIO_PRERT
-            {iptables} -t nat -N ISTIO_OUTPUT; {iptables} -t nat -A OUTPUT -j ISTIO_OUTPUT
-            {iptables} -t nat -A ISTIO_PRERT -s {probe} -p tcp -j ACCEPT
-            {iptables} -t nat -A ISTIO_PRERT ! -d {local} -p tcp ! --dport 15008 {not_ours} -j REDIRECT --to-ports 15006
-            {iptables} -t nat -A ISTIO_OUTPUT -d {probe} -p tcp -j ACCEPT
-            {iptables} -t nat -A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
-            {iptables} -t nat -A ISTIO_OUTPUT ! -d {local} -o lo -j ACCEPT
-            {iptables} -t nat -A ISTIO_OUTPUT ! -d {local} -p tcp {not_ours} -j REDIRECT --to-ports 15001"
-        );
-        pod.run(["bash", "-c", &script]).unwrap().ok().unwrap();
-    }
-}
-
-#[test]
-fn rules_of_istio_cni_serve_as_well() {
-    let mut scene = Scene::bare().unwrap();
-    istio_cni_rules(&scene.client);
-    istio_cni_rules(&scene.server);
-    scene.begin(&[("CAPTURE", "external")]).unwrap();
-    let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
-    for (to, own) in web(80).into_iter().zip([scene.client.v4(), scene.client.v6()]) {
-        let said = scene.ask_until(&scene.client, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
-    }
-    assert_eq!(capture.stop().unwrap().objection(), None);
-    // Plain text comes in by 15006, with its own address, until STRICT.
-    for (to, own) in
-        scene.server_at(HTTP).into_iter().zip([scene.outsider.v4(), scene.outsider.v6()])
-    {
-        let said = scene.ask(&scene.outsider, to).unwrap();
-        assert_eq!(said["client"], own.to_string());
-    }
-    scene.mesh.strict(&[&scene.server]);
-    scene.apply_policy(mesh_tests::mesh::STRICT).unwrap();
-    assert!(scene.ask(&scene.outsider, scene.server_at(HTTP)[0]).is_err());
-    scene.ask(&scene.client, web(80)[0]).unwrap();
 }

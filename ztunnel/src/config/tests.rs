@@ -41,7 +41,10 @@ fn we_are_a_workload_if_all_is_known() {
     let all =
         [("POD_NAME", "z"), ("POD_NAMESPACE", "istio-system"), ("SERVICE_ACCOUNT", "ztunnel")];
     let own = settings(&all).unwrap().own.unwrap();
-    assert_eq!(own.to_string(), "istio-system/z/ztunnel");
+    assert_eq!(
+        (own.to_string().as_str(), own.service_account.as_str()),
+        ("istio-system/z", "ztunnel")
+    );
     for missing in 0..3 {
         let some: Vec<_> = all.into_iter().enumerate().filter(|(n, _)| *n != missing).collect();
         let some: Vec<_> = some.into_iter().map(|(_, pair)| pair).collect();
