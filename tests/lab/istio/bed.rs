@@ -15,6 +15,10 @@ use mesh_tests::{
     proxy::Proxy,
     wait::{self, SOON},
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use super::{FOLDER, words};
@@ -180,6 +184,22 @@ impl Bed {
     /// Runs istioctl.
     pub(super) fn istioctl(&self, arguments: &[&str]) -> Result<String> {
         kube(&self.run, &self.bin.join("istioctl"), arguments)
+    }
+
+    /// Asks istiod for a certificate of this identity with the token of the first node's proxy.
+    pub(super) fn certificate(&self, identity: &str) -> Result<String> {
+        let root = self.run.join("root.pem");
+        let token = format!("@{}", self.run.join("node-a/ztunnel/token").display());
+        let address = format!("{HOST}:15012");
+        let root = root.to_string_lossy();
+        let asked = ["csr", "-addr", &address, "-ca", &root, "-token", &token, "-id", identity];
+        kube(&self.run, &self.bin.join("lab"), &asked)
+    }
+
+    /// Kills istiod.
+    pub(super) fn kill_istiod(&self) -> Result<()> {
+        let process = fs::read_to_string(self.run.join("istiod.pid"))?.trim().parse()?;
+        Ok(kill(Pid::from_raw(process), Signal::SIGKILL)?)
     }
 
     /// Applies objects.

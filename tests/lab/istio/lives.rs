@@ -18,6 +18,8 @@ pub(super) fn check(bed: &mut Bed, report: &mut Report) -> Result<()> {
     report.check("rolled", || rolled(bed));
     report.check("labelled", || labelled(bed));
     report.check("node-proxy-killed", || killed(bed));
+    // The last: nothing brings it back.
+    report.check("istiod-killed", || without_istiod(bed));
     Ok(())
 }
 
@@ -120,4 +122,24 @@ fn killed(bed: &mut Bed) -> Result<String> {
     bed.reaches(&client, &url)?;
     wait::retry("its Service", Duration::from_secs(20), || bed.get(&client, "http://server/"))?;
     Ok(format!("killed: \"{refused}\"; started again: answered"))
+}
+
+/// Without istiod what is open goes on, new connections are made, and the log says that it is gone.
+fn without_istiod(bed: &Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let [_, far] = bed.servers()?;
+    let mut open = bed.exec(&client, &["hold", &format!("{}:9000", far.address)])?;
+    open.says("open", SOON)?;
+    let log = bed.proxy_of(&client)?.log();
+    let mark = log.mark();
+    bed.kill_istiod()?;
+    let line = wait::until("a line on the control plane", SOON, || {
+        let lines = log.since(mark);
+        Ok(lines.into_iter().find(|line| line.contains("\twarn\t") && line.contains("xds")))
+    })?;
+    bed.reaches(&client, "http://server/")?;
+    bed.reaches(&client, &format!("http://{}:8080/", far.address))?;
+    ensure!(open.is_running(), "an open connection ended: {}", open.errors());
+    let said = line.splitn(4, '\t').nth(3).unwrap_or_default().replace('\t', " ");
+    Ok(format!("connections go on; the log: {said:.120}"))
 }

@@ -56,6 +56,16 @@ pub(super) fn check(bed: &Bed, report: &mut Report) -> Result<()> {
         Ok(seen.summary())
     });
     report.check("certificates", || certificates(bed));
+    report.check("impersonation", || {
+        bed.certificate(CLIENT)?;
+        let elsewhere = "spiffe://cluster.local/ns/shop/sa/guarded";
+        let Err(refused) = bed.certificate(elsewhere) else {
+            anyhow::bail!("node-a's token was good for {elsewhere}, which is on node-b alone");
+        };
+        let refused = refused.to_string();
+        ensure!(refused.contains("Unauthenticated"), "{refused}");
+        Ok("node-a's token is good for client, and not for an account of node-b".to_owned())
+    });
     report.check("vip", || {
         let vip = bed.vip("shop", "server")?;
         both(bed, &client, &format!("http://{vip}/")).map(|pods| format!("{vip}: {pods}"))
