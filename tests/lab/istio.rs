@@ -62,7 +62,7 @@ pub(crate) fn inside(options: &Options, words: &[&str]) -> Result<ExitCode> {
         paths::check(&bed, &mut report)?;
         authorization::check(&bed, &mut report)?;
         services::check(&bed, &mut report)?;
-        lives::check(&mut bed, &mut report)?;
+        lives::check(&mut bed, options.keeps(), &mut report)?;
     }
     let held = report.failed() == 0;
     if !options.json {
