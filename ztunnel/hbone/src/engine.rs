@@ -18,6 +18,7 @@ pub(crate) type ClientConnection = h2::client::Connection<TlsStream, Bytes>;
 pub(crate) type ServerConnection = h2::server::Connection<TlsStream, Bytes>;
 pub(crate) type Requests = h2::client::SendRequest<Bytes>;
 pub(crate) type Answer = h2::client::ResponseFuture;
+pub(crate) type Answered = Result<http::Response<Body>, h2::Error>;
 pub(crate) type Responder = h2::server::SendResponse<Bytes>;
 pub(crate) type Body = h2::RecvStream;
 
