@@ -225,7 +225,8 @@ impl Slot {
 
     /// Why there may not be another tunnel: there are many, or the peer takes no streams.
     fn full(&self, settings: &Settings) -> Option<NoRoom> {
-        let tunnels = lock(&self.tunnels);
+        let mut tunnels = lock(&self.tunnels);
+        tunnels.retain(|tunnel| tunnel.limit() > 0 || !engine::is_leaving(&tunnel.requests));
         if tunnels.iter().any(|tunnel| tunnel.limit() == 0) {
             return Some(NoRoom::Few(0, settings.pool_patience));
         }

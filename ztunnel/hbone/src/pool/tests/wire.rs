@@ -315,6 +315,16 @@ async fn who_takes_streams_again_in_time_is_given_them() {
 }
 
 #[tokio::test]
+async fn who_takes_no_streams_because_it_leaves_is_dialled_again() {
+    let mut wire = Wire::new(limit(0)).await;
+    let _first = wire.open().await;
+    wire.noticed().await;
+    wire.send(frame(GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 0])).await;
+    let _second = wire.open().await;
+    assert_eq!(wire.connections(), 2);
+}
+
+#[tokio::test]
 async fn there_are_not_more_tunnels_to_one_place_than_we_want() {
     let settings = Settings { pool_tunnels: 3, ..Settings::default() };
     let mut wire = Wire::with(settings, limit(1), Answers::All).await;
