@@ -3,12 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{fs, time::Duration};
+use std::{fs, net::SocketAddr, time::Duration};
 
 use mesh_tests::{
-    Scene,
+    Node, Scene,
     ca::Issued,
-    frames::{END_HEADERS, Frames, connect, frame, header, kind},
+    frames::{END_HEADERS, Flood, Frames, connect, frame, header, kind},
     hbone::{Dial, Tunnel},
     scene::HTTP,
 };
@@ -52,9 +52,7 @@ impl World {
 
     /// MiB that the server's node proxy has in memory.
     fn memory(&self) -> u64 {
-        let pid = self.scene.b.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
-        let pages = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
-        pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4 / 1024
+        memory(&self.scene.b)
     }
 
     /// Does it, and looks at memory and service after.
@@ -66,6 +64,13 @@ impl World {
         assert!(grown <= BOUND, "{grown} MiB more than the {before} before");
         self.serves();
     }
+}
+
+/// MiB that a node's proxy has in memory.
+fn memory(node: &Node) -> u64 {
+    let pid = node.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
+    let pages = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4 / 1024
 }
 
 #[test]
@@ -199,4 +204,50 @@ fn nonsense() {
             assert!(over, "{bytes:?} was borne");
         });
     }
+}
+
+/// The other way round: what a server may answer to our node proxy.
+#[test]
+fn a_server_that_floods() {
+    let mut scene = Scene::start(&[]).unwrap();
+    let hand = scene.b.pod("hand").unwrap();
+    scene.lab.settle(&[&hand]).unwrap();
+    scene.mesh.workload(&hand, "hand");
+    scene.apply().unwrap();
+    scene
+        .a
+        .with_proxy(|proxy| proxy.wait_dump("hand", |d| d.to_string().contains("/hand")))
+        .unwrap();
+    let many = |name: &str| header(name, &"y".repeat(100)).repeat(100);
+    let answers = vec![
+        (frame(kind::HEADERS, 0, 1, &[0x88]), frame(kind::CONTINUATION, 0, 1, &many("x")), 20_000),
+        (
+            frame(kind::HEADERS, 0, 1, &[0x88]),
+            frame(kind::CONTINUATION, 0, 1, &[]).repeat(1000),
+            1000,
+        ),
+        (Vec::new(), frame(kind::HEADERS, END_HEADERS, 1, &[0xff; 40]), 1000),
+        (Vec::new(), frame(kind::RST_STREAM, 0, 3, &[0, 0, 0, 8]).repeat(1000), 1000),
+        (Vec::new(), frame(kind::GOAWAY, 0, 0, &[0, 0, 0, 0, 0, 0, 0, 11]).repeat(1000), 1000),
+    ];
+    let attempts = answers.len();
+    let issued = scene.certificate("hand").unwrap();
+    let flood = Flood::start(hand.namespace(), &issued, answers).unwrap();
+    let server = scene.server_at(HTTP)[0];
+    scene.ask_until(&scene.client, server).unwrap();
+    let before = memory(&scene.a);
+    for nth in 1..=attempts {
+        let mark = scene.a.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+        let got = scene.client.tcp(SocketAddr::new(hand.v4(), 80), &["echo", "x"]).unwrap();
+        assert!(!got.is_ok(), "{nth}: {}", got.out);
+        let told = |proxy: &mut mesh_tests::Proxy| {
+            proxy.wait_access(mark, "the end", |line| line.field("error").contains("h2 failed"))
+        };
+        scene.a.with_proxy(told).unwrap();
+        scene.ask(&scene.client, server).unwrap();
+    }
+    let grown = memory(&scene.a).saturating_sub(before);
+    assert!(grown <= BOUND, "{grown} MiB more than the {before} before");
+    // Of 200 MB and more.
+    assert!(flood.sent() < 32 << 20, "it took {} bytes", flood.sent());
 }

@@ -1,17 +1,30 @@
 //! HTTP/2 by the frame, over mutual TLS: for what no library would send.
 
-use std::time::Duration;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     runtime::{Builder, Runtime},
+    task::LocalSet,
     time::timeout,
 };
-use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, client::TlsStream};
 
-use crate::hbone::Dial;
+use crate::{
+    ca::Issued,
+    hbone::{self, Dial},
+    netns::Namespace,
+};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -143,4 +156,70 @@ pub struct Answer {
     pub goaway: Option<u8>,
     /// Whether the connection has ended.
     pub closed: bool,
+}
+
+/// A server that answers the first request of its n-th connection with the n-th of these: bytes, and others, so many
+/// times. It reads no further. From then on it accepts nobody.
+#[derive(Clone, Debug)]
+pub struct Flood(Arc<AtomicU64>);
+
+/// Bytes, others, and how often.
+pub type Answers = Vec<(Vec<u8>, Vec<u8>, usize)>;
+
+impl Flood {
+    /// Listens on the tunnel port of every address in the namespace, as this identity.
+    pub fn start(namespace: &Namespace, issued: &Issued, answers: Answers) -> Result<Self> {
+        let (listener, acceptor) = hbone::listen(namespace, issued)?;
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let sent = Arc::new(AtomicU64::new(0));
+        let written = Arc::clone(&sent);
+        thread::Builder::new().name("flood".into()).spawn(move || {
+            let served = async move {
+                let listener = TcpListener::from_std(listener)?;
+                for answer in answers {
+                    let (stream, _) = listener.accept().await?;
+                    let serve = flood(acceptor.clone(), stream, answer, Arc::clone(&written));
+                    let _task = tokio::task::spawn_local(serve);
+                }
+                std::future::pending::<io::Result<()>>().await
+            };
+            // An error ends it, which the test notices.
+            let _ended = LocalSet::new().block_on(&runtime, served);
+        })?;
+        Ok(Self(sent))
+    }
+
+    /// How many bytes of its floods it has got rid of.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+async fn flood(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    (first, piece, times): (Vec<u8>, Vec<u8>, usize),
+    sent: Arc<AtomicU64>,
+) -> io::Result<()> {
+    let mut stream = acceptor.accept(stream).await?;
+    stream.read_exact(&mut [0; PREFACE.len()]).await?;
+    let mut head = [0; 9];
+    loop {
+        stream.read_exact(&mut head).await?;
+        let [a, b, c, kind, ..] = head;
+        let length = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+        stream.read_exact(&mut vec![0; length]).await?;
+        if kind == kind::HEADERS {
+            break;
+        }
+    }
+    stream.write_all(&[frame(kind::SETTINGS, 0, 0, &[]), first].concat()).await?;
+    for _ in 0..times {
+        stream.write_all(&piece).await?;
+        stream.flush().await?;
+        sent.fetch_add(u64::try_from(piece.len()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+    stream.flush().await?;
+    std::future::pending().await
 }

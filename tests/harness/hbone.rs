@@ -301,20 +301,9 @@ pub struct Listener(Arc<Mutex<Vec<Seen>>>);
 impl Listener {
     /// Listens on the tunnel port of every address in the namespace, as this identity.
     pub fn start(namespace: &Namespace, issued: &Issued, status: u16) -> Result<Self> {
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(issued.root.as_bytes())?)?;
-        let clients =
-            WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(&provider));
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(clients.build()?)
-            .with_single_cert(chain(issued)?, key(issued)?)?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let listener = namespace.run(|| Ok(TcpListener::bind("[::]:15008")?))?;
-        listener.set_nonblocking(true)?;
+        let (listener, acceptor) = listen(namespace, issued)?;
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let (acceptor, told) = (TlsAcceptor::from(Arc::new(config)), Arc::clone(&seen));
+        let told = Arc::clone(&seen);
         let runtime = Builder::new_current_thread().enable_all().build()?;
         thread::Builder::new().name("hbone".into()).spawn(move || {
             let local = LocalSet::new();
@@ -329,6 +318,22 @@ impl Listener {
     pub fn seen(&self) -> Vec<Seen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Listens on the tunnel port of every address in the namespace, as this identity.
+pub(crate) fn listen(namespace: &Namespace, issued: &Issued) -> Result<(TcpListener, TlsAcceptor)> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(issued.root.as_bytes())?)?;
+    let clients = WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(&provider));
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(clients.build()?)
+        .with_single_cert(chain(issued)?, key(issued)?)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let listener = namespace.run(|| Ok(TcpListener::bind("[::]:15008")?))?;
+    listener.set_nonblocking(true)?;
+    Ok((listener, TlsAcceptor::from(Arc::new(config))))
 }
 
 async fn accept(

@@ -4,6 +4,7 @@ use crate::{
     config::{Authority, Capture, Config, Pods, Resources},
     control_plane,
     demand::Demand,
+    memory,
     metrics::Metrics,
     names::Names,
     pod::{
@@ -99,7 +100,9 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     doors.dump.register("certificates", move || dumped.dump());
     mesh_identity::metrics::certificates(&doors.registry, &certificates);
     let redirect = redirect(&config)?;
-    let metrics = Metrics::new(&doors.registry, &config.node.version);
+    let metrics = Arc::new(Metrics::new(&doors.registry, &config.node.version));
+    let counted = Arc::clone(&metrics);
+    base.spawn(move |draining| memory::watch(counted, draining));
     let dns = config.dns.map(|dns| {
         let metrics = mesh_dns::Metrics::new(&doors.registry);
         let resolver = mesh_dns::Resolver::new(dns.settings, state.clone(), metrics);
@@ -115,7 +118,7 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
         certificates,
         redirect,
         workers: workers.clone(),
-        telemetry: Telemetry { log: log.access_log(), metrics: Arc::new(metrics) },
+        telemetry: Telemetry { log: log.access_log(), metrics },
     };
     let drain = config.process.drain;
     let served = Served::new(match config.capture {

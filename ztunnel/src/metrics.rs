@@ -6,7 +6,10 @@ use mesh_runtime::metrics::{Counter, Family, Gauge, Labels, Registry};
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// Label sets that are remembered, at most. A node rarely has more pairs of talking workloads at a
@@ -22,6 +25,7 @@ pub(crate) struct Metrics {
     sent: Family<Counter>,
     sockets_source: Gauge,
     sockets_destination: Gauge,
+    live: AtomicUsize,
     refused: Family<Counter>,
     policy_denials: Family<Counter>,
     handshakes: Family<Counter>,
@@ -86,6 +90,7 @@ impl Metrics {
             sent: counter("istio_tcp_sent_bytes", "Bytes sent as responses."),
             sockets_source: sockets.with(&reporter(Reporter::Source)),
             sockets_destination: sockets.with(&reporter(Reporter::Destination)),
+            live: AtomicUsize::new(0),
             refused: counter(
                 "istio_tcp_connections_refused",
                 "Connections refused before they were counted as opened.",
@@ -175,13 +180,28 @@ impl Metrics {
         }
     }
 
-    /// Counts a socket pair in or out.
-    pub(crate) fn sockets(&self, reporter: Reporter, change: f64) {
+    /// Counts a socket pair in.
+    pub(crate) fn socket_in(&self, reporter: Reporter) {
+        self.live.fetch_add(1, Ordering::Relaxed);
+        self.sockets(reporter).increment(1.0);
+    }
+
+    /// Counts a socket pair out.
+    pub(crate) fn socket_out(&self, reporter: Reporter) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        self.sockets(reporter).decrement(1.0);
+    }
+
+    const fn sockets(&self, reporter: Reporter) -> &Gauge {
         match reporter {
             Reporter::Source => &self.sockets_source,
             Reporter::Destination => &self.sockets_destination,
         }
-        .increment(change);
+    }
+
+    /// How many connections live.
+    pub(crate) fn live(&self) -> usize {
+        self.live.load(Ordering::Relaxed)
     }
 
     /// Counts a connection that was refused before it was counted.

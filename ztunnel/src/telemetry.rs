@@ -83,7 +83,7 @@ impl Connection {
     pub(crate) fn open(telemetry: &Telemetry, ends: Ends, place: Place, began: Instant) -> Self {
         let counters = telemetry.metrics.counters(&ends);
         counters.opened.increment(1);
-        telemetry.metrics.sockets(ends.reporter, 1.0);
+        telemetry.metrics.socket_in(ends.reporter);
         let bytes = Bytes { to_server: AtomicU64::new(0), to_client: AtomicU64::new(0), counters };
         let this = Self { telemetry: telemetry.clone(), ends, place, bytes, began, over: false };
         if this.telemetry.log.enabled(Level::DEBUG) {
@@ -106,7 +106,7 @@ impl Connection {
         if std::mem::replace(&mut self.over, true) {
             return;
         }
-        self.telemetry.metrics.sockets(self.ends.reporter, -1.0);
+        self.telemetry.metrics.socket_out(self.ends.reporter);
         let flag = failure.map_or("-", |failure| failure.reason.report().flag);
         self.telemetry.metrics.closed(&self.ends, &self.bytes.counters, flag);
         // A reset is how some applications say goodbye, and no fault of the mesh.

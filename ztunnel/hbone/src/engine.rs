@@ -18,6 +18,7 @@ pub(crate) type ClientConnection = h2::client::Connection<TlsStream, Bytes>;
 pub(crate) type ServerConnection = h2::server::Connection<TlsStream, Bytes>;
 pub(crate) type Requests = h2::client::SendRequest<Bytes>;
 pub(crate) type Answer = h2::client::ResponseFuture;
+pub(crate) type Answered = Result<http::Response<Body>, h2::Error>;
 pub(crate) type Responder = h2::server::SendResponse<Bytes>;
 pub(crate) type Body = h2::RecvStream;
 
@@ -222,8 +223,15 @@ pub(crate) fn cancel(send: &mut Send) {
     send.send_reset(h2::Reason::CANCEL);
 }
 
+/// Whether the connection takes no more requests: it is over, or the peer has said that it leaves.
+pub(crate) fn is_leaving(requests: &Requests) -> bool {
+    let ready = requests.clone().poll_ready(&mut Context::from_waker(Waker::noop()));
+    matches!(ready, Poll::Ready(Err(_)))
+}
+
 /// Whether the peer says that it did not look at the request: it may be sent again elsewhere.
 pub(crate) fn was_not_processed(error: &h2::Error) -> bool {
-    (error.is_go_away() && error.is_remote() && error.reason() == Some(NO_ERROR))
-        || error.reason() == Some(h2::Reason::REFUSED_STREAM)
+    let said_so = (error.is_go_away() && error.reason() == Some(NO_ERROR))
+        || (error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM));
+    said_so && error.is_remote()
 }

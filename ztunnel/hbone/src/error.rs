@@ -37,3 +37,44 @@ impl fmt::Display for Dead {
 }
 
 impl Error for Dead {}
+
+/// The peer takes no more streams, and did not for so long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum NoRoom {
+    /// It takes no more than these.
+    Few(usize, Duration),
+    /// It has as many as it takes, on as many tunnels as we want.
+    Full(usize, Duration),
+}
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Few(streams, patience) => write!(
+                f,
+                "the far end takes no more streams: its SETTINGS_MAX_CONCURRENT_STREAMS is {streams}, and \
+                 there was no room for {patience:?}"
+            ),
+            Self::Full(tunnels, patience) => {
+                write!(
+                    f,
+                    "all {tunnels} tunnels to the far end are full, and there was no room for {patience:?}"
+                )
+            }
+        }
+    }
+}
+
+impl Error for NoRoom {}
+
+/// The peer has not answered a CONNECT.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unanswered(pub(crate) Duration);
+
+impl fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the far end has not answered the CONNECT for {:?}", self.0)
+    }
+}
+
+impl Error for Unanswered {}

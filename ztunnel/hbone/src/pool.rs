@@ -2,11 +2,12 @@
 //!
 //! One slot a key. The slot's lock is the single flight: who holds it makes the tunnel, who waits for it
 //! finds the tunnel made, or shares the failure to make it. A slot without tunnels goes with the last who
-//! uses it.
+//! uses it. A peer that takes no streams is not dialled again for each: who holds the lock waits for room.
 
 use crate::{
     HandshakeError, Settings, Stream,
     engine::{self, Raw, Requests, keep_alive},
+    error::{NoRoom, Unanswered},
     request::{Refused, ResponseHead, TunnelRequest},
     stream::Counted,
     tls::TlsStream,
@@ -25,8 +26,15 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// How often who waits for room looks for it: nothing tells that a peer takes streams again.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The answer to a CONNECT is waited for this many times as long as room.
+const ANSWER: u32 = 6;
 
 /// What tells tunnels apart.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -162,6 +170,31 @@ struct Tunnel {
     ended: Ended,
 }
 
+impl Tunnel {
+    /// How many streams the peer takes. Before it has said so, what we want.
+    fn limit(&self) -> usize {
+        self.requests.current_max_send_streams()
+    }
+
+    /// Whether streams wait in the tunnel, which the peer does not take.
+    fn is_over(&self) -> bool {
+        self.streams.load(Ordering::Acquire) > self.limit()
+    }
+}
+
+/// The tunnel did not take a request.
+struct Untaken {
+    failure: Failure,
+    /// Another may.
+    again: bool,
+}
+
+impl Untaken {
+    fn dead(error: crate::Http2Error) -> Self {
+        Self { failure: Failure::upstream(Reason::Http2, error), again: true }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -177,9 +210,8 @@ impl Slot {
     fn usable(&self, most: usize) -> Option<(Tunnel, Counted)> {
         let tunnels = lock(&self.tunnels);
         tunnels.iter().find_map(|tunnel| {
-            let limit = most.min(tunnel.requests.current_max_send_streams());
-            // Another thread may count one at the same time: the excess waits in the tunnel.
-            if tunnel.streams.load(Ordering::Acquire) >= limit {
+            // The peer may lower it at the same time: the excess waits in the tunnel.
+            if tunnel.streams.load(Ordering::Acquire) >= most.min(tunnel.limit()) {
                 return None;
             }
             *lock(&tunnel.used) = Instant::now();
@@ -189,6 +221,22 @@ impl Slot {
 
     fn forget(&self, streams: &Arc<AtomicUsize>) {
         lock(&self.tunnels).retain(|tunnel| !Arc::ptr_eq(&tunnel.streams, streams));
+    }
+
+    /// Why there may not be another tunnel: there are many, or the peer takes no streams.
+    fn full(&self, settings: &Settings) -> Option<NoRoom> {
+        let mut tunnels = lock(&self.tunnels);
+        tunnels.retain(|tunnel| tunnel.limit() > 0 || !engine::is_leaving(&tunnel.requests));
+        if tunnels.iter().any(|tunnel| tunnel.limit() == 0) {
+            return Some(NoRoom::Few(0, settings.pool_patience));
+        }
+        let full = tunnels.len() >= settings.pool_tunnels;
+        full.then(|| NoRoom::Full(tunnels.len(), settings.pool_patience))
+    }
+
+    /// Lets go of tunnels whose peer takes no streams: who comes next tries another.
+    fn forget_closed(&self) {
+        lock(&self.tunnels).retain(|tunnel| tunnel.limit() > 0);
     }
 
     fn failures(&self) -> u64 {
@@ -291,34 +339,52 @@ impl Pool {
         loop {
             let (tunnel, count, fresh) = match slot.usable(self.most()) {
                 Some((tunnel, count)) => (tunnel, count, false),
-                None => {
-                    let failures = slot.failures();
-                    let _making = slot.making.lock().await;
-                    match slot.usable(self.most()) {
-                        Some((tunnel, count)) => (tunnel, count, false),
-                        None => {
-                            if let Some(failure) = slot.failed_since(failures) {
-                                return Err(failure);
-                            }
-                            // Boxed: a connection that is held must not carry the room that this takes.
-                            let made = Box::pin(self.make(key, slot, dial())).await;
-                            let (tunnel, count) = made.map_err(|failure| slot.fail(failure))?;
-                            (tunnel, count, true)
-                        }
-                    }
-                }
+                None => self.wait(key, slot, &dial).await?,
             };
-            match Self::request(&tunnel, request, count).await {
+            match self.request(&tunnel, request, count).await {
                 Ok(opened) => return opened,
-                // It was closed while it lay there: that one is not to be had any more.
-                Err(error) => {
+                // It was closed while it lay there, or takes no streams: that one is not to be had any more.
+                Err(Untaken { failure, again }) => {
                     slot.forget(&tunnel.streams);
+                    if !again {
+                        return Err(slot.fail(failure));
+                    }
                     if fresh {
-                        return Err(Failure::upstream(Reason::Http2, error));
+                        return Err(failure);
                     }
                 }
             }
         }
+    }
+
+    /// Waits in line for a tunnel with room, or makes one. The last tells which.
+    async fn wait<'d>(
+        &self,
+        key: &PoolKey,
+        slot: &Arc<Slot>,
+        dial: &(impl Fn() -> Dialing<'d> + Send + Sync),
+    ) -> Result<(Tunnel, Counted, bool), Failure> {
+        let failures = slot.failures();
+        let _making = slot.making.lock().await;
+        let until = Instant::now() + self.settings.pool_patience;
+        loop {
+            if let Some((tunnel, count)) = slot.usable(self.most()) {
+                return Ok((tunnel, count, false));
+            }
+            if let Some(failure) = slot.failed_since(failures) {
+                return Err(failure);
+            }
+            let Some(full) = slot.full(&self.settings) else { break };
+            if Instant::now() >= until {
+                slot.forget_closed();
+                return Err(slot.fail(Failure::upstream(Reason::Http2, full)));
+            }
+            sleep(LOOK).await;
+        }
+        // Boxed: a connection that is held must not carry the room that this takes.
+        let made = Box::pin(self.make(key, slot, dial())).await;
+        let (tunnel, count) = made.map_err(|failure| slot.fail(failure))?;
+        Ok((tunnel, count, true))
     }
 
     fn most(&self) -> usize {
@@ -326,26 +392,31 @@ impl Pool {
     }
 
     /// Sends the CONNECT and waits for its answer. The outer error means that the tunnel did not take the
-    /// request at all, so that another may be tried.
+    /// request at all.
     async fn request(
+        &self,
         tunnel: &Tunnel,
         request: &TunnelRequest,
         count: Counted,
-    ) -> Result<Result<Opened, Failure>, crate::Http2Error> {
+    ) -> Result<Result<Opened, Failure>, Untaken> {
         let head = match request.to_http() {
             Ok(head) => head,
             Err(error) => return Ok(Err(Failure::local_because(Reason::Malformed, error))),
         };
-        let mut requests = tunnel.requests.clone().ready().await.map_err(engine::failed)?;
-        let (answer, send) = requests.send_request(head, false).map_err(engine::failed)?;
+        let dead = |error| Untaken::dead(engine::failed(error));
+        let mut requests = tunnel.requests.clone().ready().await.map_err(dead)?;
+        let (answer, send) = requests.send_request(head, false).map_err(dead)?;
         drop(requests);
         let mut pending = Pending(Some(send));
-        let answered: engine::Answer = answer;
-        let response = match answered.await {
-            Ok(response) => response,
-            Err(error) if engine::was_not_processed(&error) => return Err(engine::failed(error)),
-            Err(error) => {
+        let response = match self.answered(tunnel, answer).await? {
+            Some(Ok(response)) => response,
+            Some(Err(error)) if engine::was_not_processed(&error) => return Err(dead(error)),
+            Some(Err(error)) => {
                 return Ok(Err(Failure::upstream(Reason::Http2, engine::failed(error))));
+            }
+            None => {
+                let waited = Unanswered(self.settings.pool_patience * ANSWER);
+                return Ok(Err(Failure::upstream(Reason::Connect, waited)));
             }
         };
         if response.status() != StatusCode::OK {
@@ -359,6 +430,28 @@ impl Pool {
         let stream = Stream::new(Raw::new(send, recv), Some(count));
         let certificates = Arc::clone(&tunnel.certificates);
         Ok(Ok(Opened { stream, head, certificates, ended: tunnel.ended.clone() }))
+    }
+
+    /// What the peer answers, if it does in time.
+    async fn answered(
+        &self,
+        tunnel: &Tunnel,
+        mut answer: engine::Answer,
+    ) -> Result<Option<engine::Answered>, Untaken> {
+        let patience = self.settings.pool_patience;
+        let began = Instant::now();
+        for nth in 1..=ANSWER {
+            match timeout_at(began + patience * nth, &mut answer).await {
+                Ok(answered) => return Ok(Some(answered)),
+                Err(_) if tunnel.is_over() => {
+                    let failure =
+                        Failure::upstream(Reason::Http2, NoRoom::Few(tunnel.limit(), patience));
+                    return Err(Untaken { failure, again: false });
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(None)
     }
 
     async fn make(

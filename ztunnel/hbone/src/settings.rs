@@ -21,6 +21,11 @@ pub struct Settings {
     pub server_streams: u32,
     /// Streams that we open on a tunnel at most. Default 100, as Istio's.
     pub pool_streams: u32,
+    /// Tunnels to one place at most, whatever few streams its peer takes on each. Default 1024.
+    pub pool_tunnels: usize,
+    /// How long a stream waits for room where the peer takes no more. The answer to its CONNECT, behind which an
+    /// application may be slow, is waited for six times as long. Default 10 s.
+    pub pool_patience: Duration,
     /// How long a tunnel without use is kept. Default 5 min, as Istio's.
     pub pool_idle: Duration,
     /// The time before the first PING and after each answer. Default 10 s, as Istio's.
@@ -38,6 +43,8 @@ impl Default for Settings {
             send_buffer: 256 * 1024,
             server_streams: 200,
             pool_streams: 100,
+            pool_tunnels: 1024,
+            pool_patience: Duration::from_secs(10),
             pool_idle: Duration::from_secs(5 * 60),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),

@@ -1,3 +1,4 @@
+mod hostile;
 mod wire;
 
 use super::*;

@@ -8,6 +8,7 @@ use super::{
     sysctls::Found,
 };
 use crate::{
+    memory,
     netns::Netns,
     redirect::{Dns, Listeners},
 };
@@ -381,7 +382,7 @@ impl Marker {
         let map = object.take_map("MARKING").ok_or_else(|| missing("MARKING"))?;
         let map = map.try_into()?;
         iterator(&mut object)?.load("tcp", &Btf::from_sys_fs()?)?;
-        sys::give_back_freed();
+        memory::give_back_freed();
         Ok(Self { object, map })
     }
 

@@ -224,12 +224,3 @@ pub(super) fn entrance(link: &OwnedFd) -> io::Result<Option<u32>> {
     let [kind, _, place, ..] = words;
     Ok((halves(kind).0 == TCX).then_some(halves(place).0))
 }
-
-/// Gives memory that was freed back to the kernel, after much of it was.
-pub(super) fn give_back_freed() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it touches nothing but free memory.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
