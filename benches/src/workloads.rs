@@ -1,4 +1,5 @@
-//! A large mesh, as a file and as resources: pods with an address, an account and a node, as the control plane would tell of them.
+//! A large mesh, as a file and as resources: pods with an address, an account and a node, as the control plane would
+//! tell of them.
 
 use std::{
     fs::File,
