@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::{
     load::client::Outcome,
     memory::{Held, Loaded},
+    over_xds::{Applied, Churned},
     rounds::{median, table},
     rows::{Row, precise},
     scene::Run,
@@ -45,6 +46,10 @@ pub struct Report {
     pub held: Vec<Held>,
     /// Memory for large meshes.
     pub loaded: Vec<Loaded>,
+    /// A large mesh applied over xDS.
+    pub applied: Option<Applied>,
+    /// A large mesh that changes all the time.
+    pub churned: Option<Churned>,
     /// Parts that could not be measured, and why.
     pub failures: Vec<String>,
 }
@@ -152,9 +157,14 @@ impl Report {
             rows.extend(self.rows.iter().map(Measured::line));
             text.push_str(&table(&rows));
         }
-        for part in
-            [self.tunnels_text(), self.held_text(), self.loaded_text()].into_iter().flatten()
-        {
+        let parts = [
+            self.tunnels_text(),
+            self.held_text(),
+            self.loaded_text(),
+            self.applied.as_ref().map(Applied::text),
+            self.churned.as_ref().map(Churned::text),
+        ];
+        for part in parts.into_iter().flatten() {
             text.push('\n');
             text.push_str(&part);
         }
@@ -298,6 +308,8 @@ impl Report {
             "tunnels": tunnels.collect::<Vec<_>>(),
             "held": held.collect::<Vec<_>>(),
             "loaded": loaded.collect::<Vec<_>>(),
+            "applied": self.applied.as_ref().map(Applied::json),
+            "churn": self.churned.as_ref().map(Churned::json),
             "failures": self.failures,
         })
     }
@@ -316,7 +328,7 @@ fn over(value: Option<f64>, by: Option<f64>) -> Option<f64> {
 }
 
 /// A share, and whether it is within the goal.
-fn verdict(share: Option<f64>, goal: f64) -> String {
+pub(crate) fn verdict(share: Option<f64>, goal: f64) -> String {
     share.map_or_else(none, |share| {
         let mark = if share <= goal { "ok" } else { "OVER" };
         format!("{share:.2} {mark} {goal}")
@@ -330,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_row_is_held_against_what_is_quoted() {
-        let outcome = |bytes| Outcome { operations: 1, bytes, seconds: 1.0, p50: 1.0, p99: 2.0 };
+        let outcome = |bytes| Outcome { operations: 1, bytes, seconds: 1.0, ..Outcome::default() };
         let run = Run { outcome: outcome(500_000_000), used: Usage { cpu: 0.75, switches: 1000 } };
         let measured = Measured {
             row: ROWS[0],

@@ -18,13 +18,14 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_tests::{
     Lab, Mesh, Node, Pod, Program,
+    control_plane::ControlPlane,
     wait::{SOON, pause},
 };
 
 use crate::{
     load::client::{Outcome, Work},
     process::{Memory, Usage},
-    rows::{Row, Via},
+    rows::{PORTS, Row, Via},
 };
 
 /// Apart from the ports that a node proxy speaks from in a client's name (10240 to 32767): a client that is itself
@@ -108,6 +109,13 @@ impl Scene {
         &self.lab
     }
 
+    /// A control plane that has this mesh, for node proxies that get its settings.
+    pub fn control_plane(&self) -> Result<ControlPlane> {
+        let control = ControlPlane::start(&self.lab)?;
+        control.apply(&self.mesh)?;
+        Ok(control)
+    }
+
     /// More pods on the far node, each enrolled with an account of its own, all answering short connections.
     pub fn add_servers(&mut self, count: usize) -> Result<Vec<Pod>> {
         let mut pods = Vec::new();
@@ -142,6 +150,23 @@ impl Scene {
             }
         }
         Ok(())
+    }
+
+    /// How long the state's writer of the near and of the far node proxy has kept its readers waiting, at most, in
+    /// seconds.
+    pub fn longest_holds(&self) -> Result<[f64; 2]> {
+        let hold = |node: &Node| {
+            node.with_proxy(|proxy| {
+                Ok(proxy.metrics()?.sum("istio_state_longest_hold_seconds", &[]))
+            })
+        };
+        Ok([hold(&self.near)?, hold(&self.far)?])
+    }
+
+    /// Does short connections from the client to the server: eight at once, each of which rests after it.
+    pub fn gentle(&self, length: Duration) -> Result<Run> {
+        let to = SocketAddr::new(self.server.v4(), PORTS.short);
+        self.measured(Work::Rested(Duration::from_millis(8)), &[to], 8, length)
     }
 
     /// Starts a node proxy on a node without pods, which loads the mesh from this file.
@@ -202,7 +227,7 @@ impl Scene {
 
     /// Opens so many more connections from the client and holds them until the program is dropped.
     pub fn hold(&self, count: usize) -> Result<Program> {
-        let to = SocketAddr::new(self.server.v4(), crate::rows::PORTS.hold);
+        let to = SocketAddr::new(self.server.v4(), PORTS.hold);
         let words = ["hold".to_owned(), to.to_string(), count.to_string()];
         let mut program = self.client.program(command(&words)?).spawn()?;
         program.says("holding", Duration::from_secs(120))?;

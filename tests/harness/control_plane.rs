@@ -14,11 +14,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_proto::{
     envoy::service::discovery::v3::{
-        DeltaDiscoveryRequest, Resource,
+        DeltaDiscoveryRequest,
         aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
     },
     istio::v1::auth::istio_certificate_service_server::IstioCertificateServiceServer,
@@ -34,12 +34,12 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tonic::codegen::Service as _;
 
-pub use self::door::Fault;
+pub use self::{door::Fault, talk::Order};
 use self::{
     door::{Bounded, Budget},
     resources::Resources,
     signer::Signer,
-    talk::{Ads, Ca, Call, Order},
+    talk::{Ads, Ca, Call},
 };
 use crate::{
     Lab, Mesh,
@@ -217,9 +217,26 @@ impl ControlPlane {
 
     /// Sends these resources, whatever they are: names, and bytes of messages.
     pub fn push(&self, kind: Kind, resources: &[(&str, Vec<u8>)]) {
-        let sent = |(name, bytes): &(&str, Vec<u8>)| resources::resource(kind, name, bytes.clone());
-        let resources: Vec<Resource> = resources.iter().map(sent).collect();
-        self.order(&Order { kind, resources, removed: Vec::new() });
+        let owned = |(name, bytes): &(&str, Vec<u8>)| ((*name).to_owned(), bytes.clone());
+        self.order(&Order::new(kind, resources.iter().map(owned), Vec::new()));
+    }
+
+    /// Sends this to everybody in one response each, and waits where a node proxy does not read fast enough.
+    /// Returns how many it is sent to. Not for a task: it blocks.
+    #[must_use]
+    pub fn deliver(&self, order: &Order) -> usize {
+        let streams = self.shared.state().streams.clone();
+        streams.iter().filter(|stream| stream.blocking_send(order.clone()).is_ok()).count()
+    }
+
+    /// How many responses were acknowledged after the mark; fails if one was refused.
+    pub fn acknowledged(&self, mark: usize) -> Result<usize> {
+        let state = self.shared.state();
+        let since = state.seen.get(mark..).unwrap_or_default();
+        if let Some(refusal) = since.iter().find(|seen| !seen.complaint().is_empty()) {
+            bail!("{} refuses: {}", refusal.node, refusal.complaint());
+        }
+        Ok(since.iter().filter(|seen| !seen.request.response_nonce.is_empty()).count())
     }
 
     fn order(&self, order: &Order) {

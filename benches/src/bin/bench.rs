@@ -16,7 +16,7 @@ use mesh_benches::{
         client::{hold, run},
         server,
     },
-    memory,
+    memory, over_xds,
     report::{Measured, Report},
     rows::{Length, PORTS, ROWS, Row},
     scene::{CLIENT_PORTS, Run, Scene},
@@ -32,7 +32,7 @@ Measures node proxies between pods on two nodes, beside the same load with none 
 
 --rounds   rounds of every row, interleaved; medians are shown
 --seconds  of every row in every round, once without and once with node proxies
---only     these rows alone; besides those of the table: tunnels, held, loaded
+--only     these rows alone; besides those of the table: tunnels, held, loaded, applied, churn
 --json     every round, to a file as well
 --proxy    another node proxy with the same settings in its environment (not the one built in)
 --set      a setting of the node proxies
@@ -155,7 +155,7 @@ impl Options {
     }
 }
 
-const PARTS: [&str; 3] = ["tunnels", "held", "loaded"];
+const PARTS: [&str; 5] = ["tunnels", "held", "loaded", "applied", "churn"];
 
 fn measure(options: &Options) -> Result<ExitCode> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -196,11 +196,31 @@ fn measure(options: &Options) -> Result<ExitCode> {
             Err(why) => failed("tunnels", why),
         }
     }
+    if let Err(why) = large_meshes(&scene, options, &mut report) {
+        report.failures.push(format!("over xDS: {why:#}"));
+    }
     say(&report.text())?;
     if let Some(file) = &options.json {
         fs::write(file, report.json().to_string()).context("cannot write the JSON")?;
     }
     Ok(if report.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The parts in which a control plane has a large mesh.
+fn large_meshes(scene: &Scene, options: &Options, report: &mut Report) -> Result<()> {
+    if !["applied", "churn"].into_iter().any(|key| options.wants(key)) {
+        return Ok(());
+    }
+    let control = scene.control_plane()?;
+    if options.wants("applied") {
+        progress("a large mesh applied over xDS")?;
+        report.applied = Some(over_xds::applied(scene, &control)?);
+    }
+    if options.wants("churn") {
+        progress("a large mesh that changes")?;
+        report.churned = Some(over_xds::churned(scene, &control)?);
+    }
+    Ok(())
 }
 
 fn rounds(scene: &Scene, rows: &[Row], options: &Options) -> Result<Vec<Measured>> {

@@ -77,6 +77,8 @@ pub struct Outcome {
     pub p50: f64,
     /// All but one in a hundred took no longer, in microseconds.
     pub p99: f64,
+    /// All but one in a thousand took no longer, in microseconds.
+    pub p999: f64,
 }
 
 impl Outcome {
@@ -85,7 +87,7 @@ impl Outcome {
     pub fn to_json(&self) -> Value {
         json!({
             "operations": self.operations, "bytes": self.bytes, "seconds": self.seconds,
-            "p50": self.p50, "p99": self.p99,
+            "p50": self.p50, "p99": self.p99, "p999": self.p999,
         })
     }
 
@@ -98,6 +100,7 @@ impl Outcome {
             seconds: value.get("seconds")?.as_f64()?,
             p50: value.get("p50")?.as_f64()?,
             p99: value.get("p99")?.as_f64()?,
+            p999: value.get("p999")?.as_f64()?,
         })
     }
 }
@@ -166,8 +169,9 @@ pub fn run(
         operations: all.took.len() as u64,
         bytes: all.bytes,
         seconds,
-        p50: percentile(&all.took, 50),
-        p99: percentile(&all.took, 99),
+        p50: quantile(&all.took, 500),
+        p99: quantile(&all.took, 990),
+        p999: quantile(&all.took, 999),
     })
 }
 
@@ -195,9 +199,9 @@ fn connect(to: SocketAddr) -> anyhow::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The value below which so many per cent of these sorted nanoseconds are, in microseconds.
-fn percentile(sorted: &[u32], percent: usize) -> f64 {
-    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+/// The value below which so many in a thousand of these sorted nanoseconds are, in microseconds.
+fn quantile(sorted: &[u32], in_thousand: usize) -> f64 {
+    let index = (sorted.len() * in_thousand / 1000).min(sorted.len().saturating_sub(1));
     sorted.get(index).map_or(0.0, |nanoseconds| f64::from(*nanoseconds) / 1000.0)
 }
 
@@ -337,10 +341,10 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_are_of_the_sorted_values() {
+    fn quantiles_are_of_the_sorted_values() {
         let values: Vec<u32> = (1..=100).map(|value| value * 1000).collect();
-        assert!((percentile(&values, 50) - 51.0).abs() < f64::EPSILON);
-        assert!((percentile(&values, 99) - 100.0).abs() < f64::EPSILON);
-        assert!(percentile(&[], 50).abs() < f64::EPSILON);
+        assert!((quantile(&values, 500) - 51.0).abs() < f64::EPSILON);
+        assert!((quantile(&values, 990) - 100.0).abs() < f64::EPSILON);
+        assert!(quantile(&[], 500).abs() < f64::EPSILON);
     }
 }

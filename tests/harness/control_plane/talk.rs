@@ -22,14 +22,26 @@ use prost_types::value;
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming, codegen::tokio_stream::Stream};
 
-use super::{Seen, Shared, TOKEN};
+use super::{Seen, Shared, TOKEN, resources::resource};
 
-/// To be told to a stream.
+/// To be told to a stream, in one response.
 #[derive(Clone, Debug)]
-pub(super) struct Order {
+pub struct Order {
     pub(super) kind: Kind,
     pub(super) resources: Vec<Resource>,
     pub(super) removed: Vec<String>,
+}
+
+impl Order {
+    /// Of resources by name, encoded, and of names that are gone.
+    pub fn new(
+        kind: Kind,
+        resources: impl IntoIterator<Item = (String, Vec<u8>)>,
+        removed: Vec<String>,
+    ) -> Self {
+        let sent = |(name, bytes): (String, Vec<u8>)| resource(kind, &name, bytes);
+        Self { kind, resources: resources.into_iter().map(sent).collect(), removed }
+    }
 }
 
 type Sent = Result<DeltaDiscoveryResponse, Status>;
