@@ -2,7 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use mesh_tests::{
     Lab, Node, Pod,
@@ -12,7 +19,7 @@ use mesh_tests::{
     hbone::{Dial, Listener, Tunnel, refused},
     instance,
     mesh::identity,
-    netns::Namespace,
+    netns::{self, Namespace},
     rules,
     wait::{self, SOON},
 };
@@ -125,8 +132,8 @@ fn what_a_crash_left_is_swept() {
     let name = world.client.namespace().name().to_owned();
     // A second owner of the same names, killed: its folder is there and nobody holds the lock.
     let stale = "dead";
-    let left = std::path::Path::new("/run/ambient-lab").join(stale);
-    std::fs::create_dir_all(&left).unwrap();
+    let left = Path::new("/run/ambient-lab").join(stale);
+    fs::create_dir_all(&left).unwrap();
     Namespace::create("lab-dead-pod").unwrap();
     let next = Lab::new().unwrap();
     assert!(Namespace::open("lab-dead-pod").is_err());
@@ -135,6 +142,74 @@ fn what_a_crash_left_is_swept() {
     assert!(Namespace::open(&name).is_ok());
     assert!(instance::running().contains(&id));
     drop(next);
+}
+
+/// Where the processes' environments name this folder.
+fn processes_of(folder: &Path) -> Vec<PathBuf> {
+    let name = folder.to_str().unwrap();
+    let entries = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let names_it = |path: &PathBuf| {
+        let told = fs::read(path.join("environ")).unwrap_or_default();
+        String::from_utf8_lossy(&told).contains(&format!("{name}/"))
+    };
+    entries.filter(names_it).collect()
+}
+
+#[test]
+fn a_lab_that_is_killed_is_swept_at_the_next_start() {
+    let id = format!("crash{}", std::process::id() % 10_000_000);
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_lab"));
+    lab.args(["--json", "--name", &id]).stdout(Stdio::piped());
+    let mut lab = lab.spawn().unwrap();
+    let mut first = String::new();
+    BufReader::new(lab.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    assert!(first.contains("\"nodes\",\"ok\":true"), "{first}");
+    let folder = instance::folder(&id).unwrap();
+    assert!(!processes_of(&folder).is_empty(), "node proxies run");
+    lab.kill().unwrap();
+    lab.wait().unwrap();
+    let next = Lab::new().unwrap();
+    assert_eq!(netns::names(&format!("lab-{id}-")), Vec::<String>::new());
+    assert!(!folder.exists());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(folder.to_str().unwrap()), "{mounts}");
+    assert_eq!(processes_of(&folder), Vec::<PathBuf>::new());
+    drop(next);
+}
+
+/// Runs `cargo lab`'s program behind this wrapper, and returns what it says where it cannot begin.
+fn cannot_begin(wrapper: &str, lab: &str) -> String {
+    let script = format!("{wrapper} {lab} < /dev/null");
+    let done = Command::new("bash").args(["-c", &script]).output().unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert_eq!((done.status.code(), done.stdout.len()), (Some(1), 0), "{wrapper} {lab}: {said}");
+    said
+}
+
+#[test]
+fn why_the_lab_cannot_begin_is_said_in_a_sentence() {
+    let lab = env!("CARGO_BIN_EXE_lab");
+    let without = |what: &str| format!("setpriv --bounding-set=-{what} --inh-caps=-{what}");
+    for (wrapper, says) in [
+        (without("net_admin"), "this root has no CAP_NET_ADMIN"),
+        (without("net_raw"), "this root has no CAP_NET_RAW"),
+        (without("sys_admin"), "this root has no CAP_SYS_ADMIN"),
+        ("setarch --uname-2.6".to_owned(), "use 5.15 or newer"),
+    ] {
+        let said = cannot_begin(&wrapper, lab);
+        assert!(said.starts_with("lab: ") && said.contains(says), "{wrapper}: {said}");
+        assert_eq!(said.lines().count(), 1, "{wrapper}: {said}");
+    }
+    let busy = Lab::new().unwrap();
+    let said = cannot_begin("", &format!("{lab} --name {}", busy.id()));
+    assert!(said.contains(&format!("a lab named {} is running: stop it", busy.id())), "{said}");
+    // Nobody may not look into our folders.
+    let copy = std::env::temp_dir().join(format!("lab-of-nobody-{}", busy.id()));
+    fs::copy(lab, &copy).unwrap();
+    let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+    let said = cannot_begin(nobody, copy.to_str().unwrap());
+    fs::remove_file(&copy).unwrap();
+    assert!(said.contains("makes network namespaces") && said.contains("as root"), "{said}");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What the node proxy shows: metrics, access log, admin, readiness.
+//! What the node proxy shows of a real connection, with capture of our own: numbers, not names. The names, the
+//! orders and the shapes are `contract`'s.
 
 #![expect(clippy::indexing_slicing, clippy::unwrap_used, reason = "a test may panic")]
 
@@ -13,37 +14,6 @@ use mesh_tests::{
     wait::{self, SOON},
 };
 use serde_json::Value;
-
-/// The labels of a connection, in the order that dashboards know.
-const LABELS: [&str; 27] = [
-    "reporter",
-    "source_workload",
-    "source_canonical_service",
-    "source_canonical_revision",
-    "source_workload_namespace",
-    "source_principal",
-    "source_app",
-    "source_version",
-    "source_cluster",
-    "destination_service",
-    "destination_service_namespace",
-    "destination_service_name",
-    "destination_workload",
-    "destination_canonical_service",
-    "destination_canonical_revision",
-    "destination_workload_namespace",
-    "destination_principal",
-    "destination_app",
-    "destination_version",
-    "destination_cluster",
-    "request_protocol",
-    "response_flags",
-    "connection_security_policy",
-    "source_region",
-    "source_zone",
-    "destination_region",
-    "destination_zone",
-];
 
 /// One connection over the service, of 11 bytes there and 6 back, ended.
 fn once(scene: &Scene) {
@@ -85,26 +55,15 @@ fn a_connection_is_counted_on_both_sides() {
         ] {
             let sample = only(&metrics, name);
             assert!((sample.value - value).abs() < 0.5, "{reporter}: {sample:?}");
-            let names: Vec<_> = sample.labels.iter().map(|(name, _)| name.as_str()).collect();
-            assert_eq!(names, LABELS, "{name}");
             for (label, value) in [
                 ("reporter", reporter),
                 ("source_workload", "client"),
-                ("source_canonical_service", "client"),
-                ("source_canonical_revision", "latest"),
-                ("source_workload_namespace", "lab"),
                 ("source_principal", &identity("client")),
-                ("source_app", "client"),
-                ("source_cluster", "Kubernetes"),
                 ("destination_service", &hostname("web")),
-                ("destination_service_namespace", "lab"),
-                ("destination_service_name", "web"),
                 ("destination_workload", "server"),
                 ("destination_principal", &identity("server")),
-                ("request_protocol", "tcp"),
                 ("response_flags", "-"),
                 ("connection_security_policy", "mutual_tls"),
-                ("source_region", "unknown"),
             ] {
                 assert_eq!(sample.label(label), value, "{reporter} {name} {label}");
             }
@@ -176,26 +135,6 @@ fn metrics_have_the_type_that_was_asked_for() {
     assert!(ask("*/*").contains("content-type: text/plain; charset=utf-8"));
 }
 
-const ORDER: [&str; 17] = [
-    "src.addr",
-    "src.workload",
-    "src.namespace",
-    "src.identity",
-    "src.cluster",
-    "dst.addr",
-    "dst.hbone_addr",
-    "dst.service",
-    "dst.workload",
-    "dst.namespace",
-    "dst.identity",
-    "dst.cluster",
-    "direction",
-    "bytes_sent",
-    "bytes_recv",
-    "duration",
-    "error",
-];
-
 fn complete(scene: &Scene) -> [Line; 2] {
     [&scene.a, &scene.b].map(|node| {
         let line = node.with_proxy(|proxy| {
@@ -217,9 +156,7 @@ fn says_what_it_should(scene: &Scene, [source, destination]: &[Line; 2]) {
             ("bytes_sent", sent),
             ("bytes_recv", received),
             ("src.workload", "client"),
-            ("src.namespace", "lab"),
             ("src.identity", &identity("client")),
-            ("src.cluster", "Kubernetes"),
             ("dst.addr", &scene.tunnel().to_string()),
             ("dst.hbone_addr", &format!("{}:{TCP}", scene.server.v4())),
             ("dst.service", &hostname("web")),
@@ -234,36 +171,22 @@ fn says_what_it_should(scene: &Scene, [source, destination]: &[Line; 2]) {
 }
 
 #[test]
-fn the_log_in_plain_text() {
+fn a_connection_is_logged_on_both_sides() {
     let scene = Scene::start(&[]).unwrap();
     once(&scene);
     let lines = complete(&scene);
     says_what_it_should(&scene, &lines);
     for line in &lines {
-        let names: Vec<_> = line.fields.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ORDER[..16], "{}", line.text);
         let time = line.text.split('\t').next().unwrap();
         assert!(time.len() == 27 && time.ends_with('Z') && time.contains('T'), "{time}");
-        // Text is quoted; addresses and numbers are not.
-        assert!(line.text.contains(" src.workload=\"client\" "), "{}", line.text);
-        assert!(line.text.contains("\tsrc.addr=1"), "{}", line.text);
-        assert!(line.text.contains(" bytes_sent="), "{}", line.text);
-        assert!(!line.text.contains("bytes_sent=\""), "{}", line.text);
     }
 }
 
 #[test]
-fn the_log_in_json() {
+fn every_line_is_json_where_that_is_wanted() {
     let scene = Scene::start(&[("LOG_FORMAT", "json")]).unwrap();
     once(&scene);
-    let lines = complete(&scene);
-    says_what_it_should(&scene, &lines);
-    for line in &lines {
-        let value: Value = serde_json::from_str(&line.text).unwrap();
-        assert!(value["bytes_sent"].is_u64(), "{value}");
-        assert!(value["duration"].is_string() && value["time"].is_string(), "{value}");
-        assert!(value["scope"].as_str().unwrap().ends_with("access"), "{value}");
-    }
+    says_what_it_should(&scene, &complete(&scene));
     let log = scene.a.with_proxy(|proxy| Ok(proxy.log().since(0))).unwrap();
     for line in log {
         assert!(serde_json::from_str::<Value>(&line).is_ok(), "{line}");
@@ -271,42 +194,16 @@ fn the_log_in_json() {
 }
 
 #[test]
-fn admin() {
+fn what_is_open_is_in_the_dump_and_goes_when_it_ends() {
     let scene = Scene::start(&[]).unwrap();
     once(&scene);
-    let ask =
-        |method: &str, path: &str| scene.a.with_proxy(|proxy| proxy.admin(method, path)).unwrap();
-    for (method, path, status) in [
-        ("GET", "/", 200),
-        ("GET", "/config_dump", 200),
-        ("GET", "/logging", 405),
-        ("POST", "/logging", 200),
-        ("POST", "/logging?level=debug", 200),
-        ("POST", "/logging?level=access:off,info", 200),
-        ("POST", "/logging?reset", 200),
-        ("POST", "/logging?level=nonsense=loud", 400),
-        ("GET", "/quitquitquit", 405),
-        ("GET", "/nothing", 404),
-    ] {
-        let answer = ask(method, path);
-        assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
-    }
-    let said = ask("POST", "/logging?level=debug").body;
-    assert!(said.starts_with("current log level is ") && said.ends_with('\n'), "{said}");
     let dump = scene.a.with_proxy(|proxy| proxy.config_dump()).unwrap();
-    for section in
-        ["workloads", "services", "policies", "certificates", "workloadState", "version", "config"]
-    {
-        assert!(dump.get(section).is_some(), "no {section} in {dump}");
-    }
-    assert!(!dump.to_string().contains("PRIVATE KEY"));
     let uid = scene.client.uid();
     assert_eq!(dump["workloadState"][&uid]["state"], "Up", "{dump}");
     assert_eq!(dump["workloadState"][&uid]["info"]["serviceAccount"], "client");
     let certificates = dump["certificates"].as_array().unwrap();
     let own = certificates.iter().find(|c| c["identity"] == identity("client").as_str()).unwrap();
     assert_eq!(own["state"], "Available");
-    assert!(own["certChain"][0]["serialNumber"].as_str().unwrap().parse::<u128>().is_ok());
     // What is open is there, and gone when it has ended.
     let to = web(TCP)[0].to_string();
     let mut open = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
@@ -321,10 +218,6 @@ fn admin() {
         open.as_array().is_some_and(Vec::is_empty)
     };
     scene.a.with_proxy(|proxy| proxy.wait_dump("no connection", none)).unwrap();
-    let quit = ask("POST", "/quitquitquit");
-    assert_eq!(quit.status, 200);
-    let code = scene.a.with_proxy(|proxy| proxy.program().wait(SOON)).unwrap();
-    assert_eq!(code, 0);
 }
 
 #[test]

@@ -394,7 +394,6 @@ fn a_number_of_a_namespace_that_is_used_again_is_another_namespace() {
         // It takes a namespace apart on a thread of its own.
         wait::pause(Duration::from_millis(50));
     };
-    println!("number {first}, used again: {}", inode(again.fd()) == first);
     door.proxy = begin(&door.node, &door.agent.path);
     peer = door.agent.peer();
     assert_eq!(peer.ask(&packet, &[again.fd().as_raw_fd()]), ACK);

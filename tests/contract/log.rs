@@ -49,6 +49,11 @@ fn check(kind: &Kind<'_>) {
     let line: Line = line.unwrap();
     assert_eq!(line.level, kind.level, "{}", line.text);
     assert_eq!(line.scope, "access", "{}", line.text);
+    // Behind Istio's words stand whose side it is on, and what to do.
+    let advice = line.field("error").rsplit_once(" (").map(|(_, advice)| advice);
+    let sides = ["client side: ", "server side: ", "this side: "];
+    let is_advised = advice.is_some_and(|a| sides.iter().any(|s| a.starts_with(s) && a.len() > 30));
+    assert_eq!(is_advised, !kind.error.is_empty(), "{}", line.text);
     if line.text.starts_with('{') {
         return json(kind, &line);
     }

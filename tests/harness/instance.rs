@@ -5,7 +5,9 @@ use std::{
     fs::{self, File},
     os::linux::fs::MetadataExt,
     path::{Path, PathBuf},
-    process, thread,
+    process,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -21,6 +23,13 @@ use crate::{netns, wait};
 
 const ROOT: &str = "/run/ambient-lab";
 const PREFIX: &str = "lab-";
+
+/// The instances of this process.
+static OWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn own() -> MutexGuard<'static, BTreeSet<String>> {
+    OWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// An instance that this process owns. Everything in it goes when this is dropped.
 #[derive(Debug)]
@@ -48,6 +57,7 @@ impl Instance {
         if fs::create_dir(&folder).is_err() {
             bail!("a lab named {id} is running: stop it by `cargo lab stop {id}`");
         }
+        own().insert(id.clone());
         let lock = lock(&folder, FlockArg::LockExclusiveNonblock)
             .with_context(|| format!("cannot lock {}", folder.display()))?;
         drop(all);
@@ -135,7 +145,10 @@ pub fn end_on_signals(id: String, code: i32) -> Result<()> {
     signals.thread_block()?;
     thread::Builder::new().name("signals".into()).spawn(move || {
         if signals.wait().is_ok() {
-            tear_down(&id);
+            // It may be another's, whose name is not to be had.
+            if own().contains(&id) {
+                tear_down(&id);
+            }
             #[expect(clippy::exit, reason = "nothing is left to be dropped, and main is blocked")]
             process::exit(code);
         }

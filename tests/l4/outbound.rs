@@ -75,7 +75,10 @@ fn what_the_other_side_refuses_is_told() {
         .with_proxy(|proxy| {
             let line =
                 proxy.wait_access(mark, "503", |line| line.field("error").contains("503"))?;
-            assert_eq!(line.field("error"), "http status: 503 Service Unavailable");
+            assert_eq!(
+                line.field("error"),
+                "http status: 503 Service Unavailable (server side: the log of the node proxy there says why)"
+            );
             let labels = [("response_flags", "CONNECT"), ("reporter", "source")];
             let failed = proxy.metrics()?.sum("istio_tcp_connections_failed_total", &labels);
             assert!(failed >= 1.0);

@@ -9,20 +9,23 @@ mod waypoint;
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use mesh_platform::probe;
 use mesh_tests::{Lab, Pod, program::Finished};
-use nix::sys::utsname::uname;
 use serde_json::Value;
 
 use crate::{Options, report::Report, world::World};
 
 /// Builds a lab and checks everything; the lab, and whether all held.
 pub(crate) fn run(options: &Options, id: &str) -> Result<(World, bool)> {
-    kernel()?;
     capabilities()?;
+    // What the node proxy would say of it, said before anything is built.
+    if let Some(lack) = probe::lacking(true).first() {
+        bail!("{lack}");
+    }
     let mut report = Report::new(options.json);
-    report.stage("two nodes, eight pods, their programs");
     let lab = Lab::named(Some(id), options.ztunnel.as_deref())?;
+    report.stage("two nodes, eight pods, their programs");
     let mut world = World::build(lab)?;
     report.check("nodes", || {
         world.a.start_proxy(&[])?;
@@ -63,16 +66,6 @@ fn all(world: &mut World, report: &mut Report) -> Result<()> {
         report.stage("an Envoy waypoint");
         waypoint::check(world, report)?;
     }
-    Ok(())
-}
-
-/// `sk_lookup` programs came with 5.9.
-fn kernel() -> Result<()> {
-    let name = uname()?;
-    let release = name.release().to_string_lossy().into_owned();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-    let version = (numbers.next().and_then(Result::ok), numbers.next().and_then(Result::ok));
-    ensure!(version >= (Some(5), Some(9)), "the kernel is {release}: capture needs 5.9 or newer");
     Ok(())
 }
 

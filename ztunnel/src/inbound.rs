@@ -11,9 +11,9 @@ use crate::{
     outbound::{CONNECT_TIMEOUT, baggage},
     pod::{Pod, Refused},
     policy_watch::{Facts, PolicyWatch},
-    telemetry::{Connection, Ends, Place, Reporter, Source, explain},
+    telemetry::{Connection, Ends, Place, Reporter, Source, advise, explain},
 };
-use mesh_core::{Failure, NetworkAddress, Reason, SpiffeId, Workload};
+use mesh_core::{Failure, NetworkAddress, Reason, Side, SpiffeId, Workload};
 use mesh_hbone::{
     Duplex, Meter, ResponseHead, Stream, Tcp, TunnelRequest, proxy_protocol, relay,
     server::{self, Incoming},
@@ -157,7 +157,7 @@ impl Tunnel {
         let request = match &incoming.request {
             Ok(request) => request.clone(),
             Err(error) => {
-                self.refuse(&error.to_string(), "malformed");
+                self.refuse(&error.to_string(), "malformed", Reason::Malformed);
                 incoming.refuse(400);
                 return None;
             }
@@ -174,20 +174,20 @@ impl Tunnel {
         match self.pod.shared.state.read(|view| resolve(view, ask)) {
             Ok(target) => Some(self.connect(incoming, &request, &target, began).await),
             Err(refusal) => {
-                self.refuse(&refusal.to_string(), refusal.word());
+                self.refuse(&refusal.to_string(), refusal.word(), refusal.reason());
                 incoming.refuse(refusal.status());
                 None
             }
         }
     }
 
-    fn refuse(&self, error: &str, reason: &'static str) {
+    fn refuse(&self, error: &str, word: &'static str, reason: Reason) {
         self.pod.refuse(&Refused {
             reporter: Reporter::Destination,
             source: self.peer,
             destination: self.local,
-            reason,
-            error,
+            reason: word,
+            error: &advise(error.to_owned(), Side::Downstream, reason),
         });
     }
 

@@ -7,7 +7,7 @@ mod labels;
 mod line;
 
 pub(crate) use labels::{Counters, Ends, Reporter, Source, name_labels};
-pub(crate) use line::explain;
+pub(crate) use line::{advise, explain};
 
 use crate::metrics::Metrics;
 use mesh_core::{Failure, Reason};

@@ -33,15 +33,6 @@ impl<'a> Finding<'a> {
             | Self::WouldNotAllow(policy) => policy,
         }
     }
-
-    /// Whether it is about a policy on trial.
-    #[must_use]
-    pub const fn is_trial(&self) -> bool {
-        match self {
-            Self::Denies(_) | Self::Allows(_) => false,
-            Self::WouldDeny(_) | Self::WouldAllow(_) | Self::WouldNotAllow(_) => true,
-        }
-    }
 }
 
 impl fmt::Display for Finding<'_> {

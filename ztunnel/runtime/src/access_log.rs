@@ -82,7 +82,6 @@ mod tests {
         fields
             .addr("src.addr", "10.1.0.2:53080")
             .str("src.workload", "web-a")
-            .optional_str("src.identity", None)
             .addr("dst.hbone_addr", "10.1.0.2:8080")
             .str("direction", "outbound")
             .number("bytes_sent", 77)

@@ -10,8 +10,6 @@ mod source;
 mod value;
 mod yaml;
 
-use std::fmt;
-
 pub use self::proxy_config::{FromYaml, InvalidYaml};
 #[expect(clippy::module_name_repetitions, reason = "used without its module")]
 pub use self::reader::ConfigErrors;
@@ -47,34 +45,6 @@ pub fn markdown(keys: &[&Key]) -> String {
         table.push_str("|\n");
     }
     table
-}
-
-/// Something that must not be printed.
-#[derive(Clone, Default, Eq, PartialEq)]
-pub struct Secret<T>(T);
-
-impl<T> Secret<T> {
-    /// Hides a value.
-    pub const fn new(value: T) -> Self {
-        Self(value)
-    }
-
-    /// The value itself, for the one who uses it.
-    pub const fn expose(&self) -> &T {
-        &self.0
-    }
-}
-
-impl<T> fmt::Debug for Secret<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl<T> fmt::Display for Secret<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
 }
 
 #[cfg(test)]

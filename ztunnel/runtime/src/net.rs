@@ -5,7 +5,6 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use ::metrics::Counter;
 use socket2::SockRef;
 use tokio::io::Interest;
 
@@ -19,7 +18,6 @@ const BATCH: usize = 64;
 #[derive(Debug)]
 pub struct Listener {
     socket: TcpListener,
-    exhausted: Counter,
 }
 
 impl Listener {
@@ -37,14 +35,7 @@ impl Listener {
     /// When it cannot be made non-blocking.
     pub fn from_socket(socket: TcpListener) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, exhausted: Counter::noop() })
-    }
-
-    /// Counts the pauses taken because descriptors or memory ran out.
-    #[must_use]
-    pub fn counting(mut self, exhausted: Counter) -> Self {
-        self.exhausted = exhausted;
-        self
+        Ok(Self { socket })
     }
 
     /// Where it listens.
@@ -85,7 +76,7 @@ pub async fn accept_until<F: Future<Output = ()>>(
     stop: impl Fn() -> F,
     mut take: impl FnMut(TcpStream, SocketAddr),
 ) -> io::Result<()> {
-    let Listener { socket, exhausted } = listener;
+    let Listener { socket } = listener;
     // Only its readiness is wanted. Tokio's own listener would register each stream with this worker, and
     // `AsyncFd` is unsafe to make; the registration of a stream is the same for any socket.
     let socket = tokio::net::TcpStream::from_std(TcpStream::from(OwnedFd::from(socket)))?;
@@ -104,7 +95,6 @@ pub async fn accept_until<F: Future<Output = ()>>(
             Err(error) => match classify(&error) {
                 Trouble::Nothing | Trouble::Connection => pause.reset(),
                 Trouble::Exhausted => {
-                    exhausted.increment(1);
                     let delay = pause.next_delay();
                     tracing::warn!(?delay, %error, "cannot accept connections: pausing");
                     tokio::select! {

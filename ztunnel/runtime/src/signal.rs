@@ -77,21 +77,6 @@ impl Signals {
     }
 }
 
-/// Waits until the process should stop. From then on a SIGINT ends it at once, with status 0.
-///
-/// # Errors
-/// When the kernel refuses the signal handlers.
-pub async fn shutdown_requested(trigger: &Trigger) -> io::Result<Cause> {
-    let mut signals = Signals::catch(trigger.clone())?;
-    let cause = signals.requested().await;
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "its owner is the process: it must outlive every drain"
-    )]
-    tokio::spawn(async move { signals.exit_on_interrupt().await });
-    Ok(cause)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +85,6 @@ mod tests {
     async fn a_trigger_fired_early_is_remembered() {
         let trigger = Trigger::new();
         trigger.clone().fire();
-        assert_eq!(shutdown_requested(&trigger).await.unwrap(), Cause::Asked);
+        assert_eq!(Signals::catch(trigger).unwrap().requested().await, Cause::Asked);
     }
 }

@@ -125,3 +125,26 @@ fn the_readme_has_the_table() {
     let table = mesh_runtime::config::markdown(keys::ALL);
     assert!(readme.contains(table.trim()), "the README should hold:\n{table}");
 }
+
+/// The manifest sets what is read, to what is taken, whoever captures.
+#[test]
+fn the_manifest_sets_what_is_read() {
+    // Of Istio's chart, for nobody here; and of Rust.
+    const OTHERS: [&str; 2] = ["INPOD_ENABLED", "RUST_BACKTRACE"];
+    let manifest = include_str!("../../../deploy/ztunnel.yaml");
+    let lines: Vec<_> = manifest.lines().map(str::trim).filter(|l| !l.starts_with('#')).collect();
+    let is_variable = |name: &str| name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let mut set = Vec::new();
+    for pair in lines.windows(2) {
+        let Some(name) = pair[0].strip_prefix("- name: ").filter(|name| is_variable(name)) else {
+            continue;
+        };
+        let is_read = keys::ALL.iter().any(|key| key.name == name);
+        assert!(is_read || OTHERS.contains(&name), "nobody reads {name}");
+        set.extend(pair[1].strip_prefix("value: ").map(|value| (name, value.trim_matches('"'))));
+    }
+    assert!(set.len() > 5 && set.contains(&("CAPTURE", "external")), "{set:?}");
+    settings(&set).unwrap();
+    set.push(("CAPTURE", "ebpf"));
+    assert!(matches!(settings(&set).unwrap().capture, Capture::Ebpf(_)));
+}

@@ -1,15 +1,15 @@
 //! Connections that come to a pod outside of any tunnel. Nobody vouches for the client, so that
 //! STRICT, which arrives as a policy against flows without an identity, refuses them.
 
-use super::{closed_by_policy, forward};
+use super::{Refusal, closed_by_policy, forward};
 use crate::{
     connections::{Carrier, Direction, Live},
     outbound::PlanConfig,
     pod::{Pod, Refused},
     policy_watch::{Facts, PolicyWatch},
-    telemetry::{Connection, Ends, Place, Reporter, Source, explain},
+    telemetry::{Connection, Ends, Place, Reporter, Source, advise, explain},
 };
-use mesh_core::{Failure, NetworkAddress, Reason};
+use mesh_core::{Failure, NetworkAddress, Reason, Side};
 use mesh_hbone::Tcp;
 use std::{
     net::{SocketAddr, TcpStream},
@@ -45,7 +45,9 @@ async fn serve(
         pod.refuse(&Refused { reporter, source: peer, destination, reason, error });
     };
     if PlanConfig::is_own_port(destination.port()) {
-        return refuse("recursive", "attempted recursive call to ourselves");
+        let why = Refusal::Recursive;
+        let text = advise(why.to_string(), Side::Downstream, why.reason());
+        return refuse(why.word(), &text);
     }
     let workload = match pod.workload().await {
         Ok(workload) => workload,

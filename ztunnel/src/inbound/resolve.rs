@@ -1,7 +1,7 @@
 //! What the CONNECT of a tunnel asks for, and whether it may ask that here. Pure.
 
 use crate::outbound::PlanConfig;
-use mesh_core::{NetworkAddress, NetworkId, Service, Workload};
+use mesh_core::{NetworkAddress, NetworkId, Reason, Service, Workload};
 use mesh_hbone::Authority;
 use mesh_state::View;
 use std::{
@@ -58,11 +58,16 @@ impl Refusal {
     /// The answer to the CONNECT.
     #[must_use]
     pub const fn status(&self) -> u16 {
+        self.reason().report().status
+    }
+
+    /// What it is an instance of.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
         match self {
-            Self::Mismatch(..) => 400,
-            Self::Recursive | Self::UnknownService(_) | Self::UnknownPort(_) | Self::NoVip(_) => {
-                503
-            }
+            Self::Mismatch(..) => Reason::Malformed,
+            Self::Recursive => Reason::Recursive,
+            Self::UnknownService(_) | Self::UnknownPort(_) | Self::NoVip(_) => Reason::NoUpstream,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The line of a connection in the access log, in Istio's fields and order.
 
 use super::{Connection, Ends, Reporter, Source};
-use mesh_core::{Failure, Workload};
+use mesh_core::{Failure, Reason, Side, Workload};
 use mesh_runtime::access_log::Fields;
 use std::{error::Error, fmt::Write as _, sync::atomic::Ordering};
 use tracing::Level;
@@ -29,7 +29,7 @@ impl Connection {
     }
 }
 
-/// The causes of a failure, outermost first.
+/// The causes of a failure, outermost first; then whose side it is on, and what to do.
 pub(crate) fn explain(failure: &Failure) -> String {
     let mut text = String::new();
     let mut cause: Option<&dyn Error> = failure.source();
@@ -44,6 +44,12 @@ pub(crate) fn explain(failure: &Failure) -> String {
         }
         cause = error.source();
     }
+    advise(text, failure.side, failure.reason)
+}
+
+/// Istio's words for what happened, and behind them whose side it is on and what to do.
+pub(crate) fn advise(mut text: String, side: Side, reason: Reason) -> String {
+    let _infallible = write!(text, " ({side}: {})", reason.remedy());
     text
 }
 

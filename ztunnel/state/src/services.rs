@@ -127,10 +127,6 @@ impl Services {
         self.preferred = Some(namespace);
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.groups.iter().filter_map(Group::service)
-    }
-
     pub(crate) fn of_part(&self, part: usize) -> Option<impl Iterator<Item = &Group>> {
         self.groups.of_part(part)
     }

@@ -36,6 +36,7 @@ impl<T> Table<T> {
         self.parts.get(part).map(HashTable::iter)
     }
 
+    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.parts.iter().flat_map(HashTable::iter)
     }

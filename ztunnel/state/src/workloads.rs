@@ -129,6 +129,7 @@ impl Workloads {
         self.by_uid.len()
     }
 
+    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.by_uid.iter()
     }

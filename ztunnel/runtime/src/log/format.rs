@@ -40,14 +40,6 @@ impl<'a> Fields<'a> {
         self
     }
 
-    /// Text, if there is any.
-    pub fn optional_str(&mut self, name: &str, value: Option<&str>) -> &mut Self {
-        if let Some(value) = value {
-            self.str(name, value);
-        }
-        self
-    }
-
     /// Text made as it is printed, quoted.
     pub fn text(&mut self, name: &str, value: impl Display) -> &mut Self {
         self.name(name);
