@@ -101,8 +101,8 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     mesh_identity::metrics::certificates(&doors.registry, &certificates);
     let redirect = redirect(&config)?;
     let metrics = Arc::new(Metrics::new(&doors.registry, &config.node.version));
-    let counted = Arc::clone(&metrics);
-    base.spawn(move |draining| memory::watch(counted, draining));
+    let (counted, ready) = (Arc::clone(&metrics), doors.readiness.clone());
+    base.spawn(move |draining| memory::watch(counted, ready, draining));
     let dns = config.dns.map(|dns| {
         let metrics = mesh_dns::Metrics::new(&doors.registry);
         let resolver = mesh_dns::Resolver::new(dns.settings, state.clone(), metrics);

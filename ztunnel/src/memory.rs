@@ -1,13 +1,17 @@
-//! What many connections have left behind goes back to the kernel once they have gone.
+//! What many connections have left behind goes back to the kernel once they have gone; and so does the code that only
+//! the start needs, once that is over.
 
 use crate::metrics::Metrics;
-use mesh_platform::memory::give_back_freed;
-use mesh_runtime::tasks::Draining;
+use mesh_platform::memory::{give_back_freed, let_go_of_code};
+use mesh_runtime::{ready::Readiness, tasks::Draining};
 use std::{sync::Arc, time::Duration};
 use tokio::time::sleep;
 
 /// How often it is looked at how many live.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// How often it is looked at whether the start is over.
+const STARTING: Duration = Duration::from_secs(1);
 
 /// Fewer than these are not worth it.
 const MANY: usize = 1000;
@@ -31,12 +35,18 @@ impl Highest {
 }
 
 /// Looks until the stop begins.
-pub(crate) async fn watch(metrics: Arc<Metrics>, draining: Draining) {
-    let mut highest = Highest::default();
+pub(crate) async fn watch(metrics: Arc<Metrics>, ready: Readiness, draining: Draining) {
+    let (mut highest, mut look) = (Highest::default(), STARTING);
     loop {
         tokio::select! {
-            () = sleep(LOOK) => {}
+            () = sleep(look) => {}
             () = draining.stopping() => return,
+        }
+        if look == STARTING && ready.pending().is_empty() {
+            look = LOOK;
+            if let Err(error) = let_go_of_code() {
+                tracing::debug!(%error, "the code of the start stays in memory");
+            }
         }
         if highest.has_fallen(metrics.live()) {
             give_back_freed();
