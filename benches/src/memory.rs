@@ -10,6 +10,8 @@ use crate::{process::Memory, scene::Scene, workloads};
 
 /// Long enough that what is freed late is freed, and what is fetched at start is there.
 const SETTLE: Duration = Duration::from_secs(2);
+/// When what connections have left has been given back.
+const GIVEN_BACK: Duration = Duration::from_secs(12);
 /// How long a load of the largest mesh may take.
 const LOADED: Duration = Duration::from_secs(300);
 
@@ -20,6 +22,8 @@ pub struct Held {
     pub connections: u32,
     /// Resident, of each.
     pub rss: [u64; 2],
+    /// Of this what is no file's: what connections take is in there.
+    pub anonymous: [u64; 2],
 }
 
 /// Idle, then with 1 000 and 10 000 connections held, then with none again.
@@ -28,7 +32,9 @@ pub fn held(scene: &Scene) -> Result<Vec<Held>> {
     let mut seen = Vec::new();
     let mut look = |connections| {
         pause(SETTLE);
-        seen.push(Held { connections, rss: scene.memory()?.map(|memory| memory.rss) });
+        let memory = scene.memory()?;
+        let (rss, anonymous) = (memory.map(|of| of.rss), memory.map(|of| of.anonymous));
+        seen.push(Held { connections, rss, anonymous });
         anyhow::Ok(())
     };
     look(0)?;
@@ -37,6 +43,7 @@ pub fn held(scene: &Scene) -> Result<Vec<Held>> {
     let second = scene.hold(9000).context("holding 10000")?;
     look(10_000)?;
     drop((first, second));
+    pause(GIVEN_BACK);
     look(0)?;
     Ok(seen)
 }

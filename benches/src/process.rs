@@ -53,6 +53,8 @@ impl Sum for Usage {
 pub struct Memory {
     /// Resident now.
     pub rss: u64,
+    /// Of this what is no file's: heap, stacks, and what the process has written to.
+    pub anonymous: u64,
     /// The most that was ever resident.
     pub peak: u64,
 }
@@ -64,7 +66,8 @@ impl Memory {
     /// There is no such process.
     pub fn of(pid: u32) -> io::Result<Self> {
         let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"))?;
-        Ok(Self { rss: field(&status, "VmRSS:"), peak: field(&status, "VmHWM:") })
+        let of = |name| field(&status, name);
+        Ok(Self { rss: of("VmRSS:"), anonymous: of("RssAnon:"), peak: of("VmHWM:") })
     }
 }
 

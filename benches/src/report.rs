@@ -225,8 +225,8 @@ impl Report {
         ];
         for held in &self.held {
             let [near, far] = held.rss.map(|kib| precise(kib) * 1024.0 / 1e6);
-            let grown =
-                precise(held.rss.iter().sum::<u64>()) - precise(idle.rss.iter().sum::<u64>());
+            let grown = precise(held.anonymous.iter().sum::<u64>())
+                - precise(idle.anonymous.iter().sum::<u64>());
             let each =
                 Some(grown * 1.024 / f64::from(held.connections)).filter(|_| held.connections > 0);
             let (quoted, share) = match each {
@@ -295,7 +295,7 @@ impl Report {
         let held = self
             .held
             .iter()
-            .map(|held| json!({ "connections": held.connections, "rss_kib": held.rss }));
+            .map(|held| json!({ "connections": held.connections, "rss_kib": held.rss, "anonymous_kib": held.anonymous }));
         let loaded = self.loaded.iter().map(|loaded| {
             json!({
                 "workloads": loaded.workloads, "seconds": loaded.seconds, "rss_kib": loaded.memory.rss,
@@ -363,13 +363,13 @@ mod tests {
     #[test]
     fn memory_is_shown_beside_what_is_quoted() {
         let held = vec![
-            Held { connections: 0, rss: [10_000, 10_000] },
-            Held { connections: 10_000, rss: [30_000, 20_000] },
+            Held { connections: 0, rss: [10_000, 10_000], anonymous: [1_000, 1_000] },
+            Held { connections: 10_000, rss: [30_000, 20_000], anonymous: [21_000, 11_000] },
         ];
         let loaded = vec![Loaded {
             workloads: 100_000,
             seconds: 1.0,
-            memory: Memory { rss: 50_000, peak: 400_000 },
+            memory: Memory { rss: 50_000, anonymous: 40_000, peak: 400_000 },
         }];
         let text = Report { held, loaded, ..Report::default() }.text();
         assert!(text.contains("3.07") && text.contains("0.50 OVER 0.5"), "{text}");

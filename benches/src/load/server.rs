@@ -3,8 +3,12 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex, PoisonError},
     thread,
+    time::Duration,
 };
+
+use mesh_tests::wait::pause;
 
 use super::{BODY, PATIENCE, Ports, SHORT};
 
@@ -101,11 +105,26 @@ fn short(mut stream: TcpStream) -> io::Result<()> {
 }
 
 fn hold_all(listener: &TcpListener) {
-    let mut held = Vec::new();
+    let held = Arc::new(Mutex::new(Vec::<TcpStream>::new()));
+    let looked = Arc::clone(&held);
+    // Whose client has gone is held no longer.
+    let _without = small_thread(move || {
+        loop {
+            pause(Duration::from_secs(1));
+            let mut held = looked.lock().unwrap_or_else(PoisonError::into_inner);
+            held.retain(|stream| match stream.peek(&mut [0]) {
+                Ok(there) => there > 0,
+                Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+            });
+        }
+    });
     while let Ok((mut stream, _)) = listener.accept() {
         let mut byte = [0];
-        if stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {
-            held.push(stream);
+        if stream.read_exact(&mut byte).is_ok()
+            && stream.write_all(&byte).is_ok()
+            && stream.set_nonblocking(true).is_ok()
+        {
+            held.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
         }
     }
 }
