@@ -9,7 +9,7 @@ bin=$(realpath "$1"); mkdir -p "$2"; run=$(realpath "$2")
 host=${HOST:-127.0.0.1} # where nodes and proxies reach apiserver and istiod
 start() { local n=$1; shift; setsid "$@" >"$run/$n.log" 2>&1 </dev/null & echo $! >"$run/$n.pid"; }
 upto() { for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return 0; sleep 0.1; done; echo "timed out: $*" >&2; return 1; }
-t0=$(date +%s.%N); lap() { printf '%6.2fs %s\n' "$(echo "$(date +%s.%N) - $t0" | bc)" "$1"; }
+t0=$SECONDS; lap() { printf '%3d s %s\n' $((SECONDS - t0)) "$1"; }
 kubeconfig() { cat >"$1" <<Y
 apiVersion: v1
 kind: Config
