@@ -130,6 +130,58 @@ fn everything_comes_from_the_control_plane() {
     assert!(world.metric("a", "istio_tls_handshakes_total", &[("reporter", "source")]) >= 1.0);
 }
 
+/// A pod is taken when all is known: until then a service may be taken for a stranger's address, and a policy that
+/// has not come may deny.
+#[test]
+fn no_pod_is_taken_before_policies_are_known() {
+    let world = World::bare();
+    world.control.hold_only(&[Kind::Authorization]);
+    let scene = &world.scene;
+    for (node, pod, account) in
+        [(&scene.a, &scene.client, "client"), (&scene.b, &scene.server, "server")]
+    {
+        // For the first node proxy that comes.
+        node.enrol(pod, account).unwrap();
+    }
+    let proxy = scene.b.begin_proxy(&world.control.settings()).unwrap();
+    wait::retry("the mesh", SOON, || {
+        let services = proxy.config_dump()?["services"].to_string();
+        anyhow::ensure!(services.contains(&hostname("web")), "{services}");
+        Ok(())
+    })
+    .unwrap();
+    let pending = "not ready, pending: state manager, workload proxy manager\n";
+    assert_eq!(proxy.readiness().unwrap().body, pending);
+    assert_eq!(scene.b.zds().connections(), 0);
+    world.control.hold(false);
+    proxy.wait_ready(SOON).unwrap();
+    assert_eq!(scene.b.zds().connections(), 1);
+    drop(proxy);
+    world.begin(&[]);
+    world.works();
+}
+
+/// What was refused of a first response is refused, and the rest is served: the node is only not ready.
+#[test]
+fn a_bad_resource_in_the_first_response_costs_readiness_and_no_pod() {
+    let world = World::bare();
+    world.control.also(Kind::Address, "torn", vec![0x0a, 0x03, 0x0a, 0x01]);
+    let scene = &world.scene;
+    scene.a.enrol(&scene.client, "client").unwrap();
+    scene.b.enrol(&scene.server, "server").unwrap();
+    let _proxies = [&scene.a, &scene.b].map(|node| {
+        let proxy = node.begin_proxy(&world.control.settings()).unwrap();
+        node.zds().wait_connections(1, SOON).unwrap();
+        wait::until("what it waits for", SOON, || {
+            let body = proxy.readiness()?.body;
+            Ok((body == "not ready, pending: state manager\n").then_some(()))
+        })
+        .unwrap();
+        proxy
+    });
+    world.works();
+}
+
 #[test]
 fn a_bad_resource_costs_no_other_and_a_new_stream_claims_what_is_there() {
     let mut world = World::start(&[]);

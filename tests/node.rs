@@ -216,6 +216,29 @@ fn a_successor_that_comes_late_is_waited_for() {
     scene.ask(&scene.client, web(80)[1]).unwrap();
 }
 
+/// Who cannot tell the mesh from the rest leaves the pods to who can.
+#[test]
+fn a_successor_that_knows_nothing_yet_takes_nothing_over() {
+    let scene = Scene::start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let before = scene.a.zds().connections();
+    // No control plane is there.
+    let away = [("LOCAL_XDS_PATH", ""), ("XDS_ADDRESS", "http://127.0.0.1:9")];
+    let next = scene.a.begin_successor(&away).unwrap();
+    wait::until("what it waits for", SOON, || {
+        Ok(next.log().tail(20).contains("pods are taken once").then_some(()))
+    })
+    .unwrap();
+    for _ in 0..3 {
+        for to in web(80) {
+            scene.ask(&scene.client, to).unwrap();
+        }
+    }
+    assert_eq!(scene.a.zds().connections(), before);
+    let pending = "not ready, pending: state manager, workload proxy manager\n";
+    assert_eq!(next.readiness().unwrap().body, pending);
+}
+
 /// Runs the node proxy as it would be on a machine that lacks something, and returns what it says at its end.
 fn lacking(scene: &Scene, wrapper: &str) -> String {
     let exe = scene.a.executable().display().to_string();

@@ -99,8 +99,8 @@ struct Shared {
     state: Mutex<State>,
     /// Counts up when all connections are to end.
     cut: watch::Sender<u64>,
-    /// Whether answers are held back.
-    hold: watch::Sender<bool>,
+    /// The types whose answers are held back.
+    hold: watch::Sender<Vec<Kind>>,
     budget: Budget,
 }
 
@@ -150,7 +150,7 @@ impl ControlPlane {
             signer,
             fault: Fault::None,
         };
-        let (cut, hold) = (watch::Sender::new(0), watch::Sender::new(false));
+        let (cut, hold) = (watch::Sender::new(0), watch::Sender::new(Vec::new()));
         let shared =
             Arc::new(Shared { state: Mutex::new(state), cut, hold, budget: Budget::default() });
         let (stop, stopped) = watch::channel(false);
@@ -213,6 +213,11 @@ impl ControlPlane {
             let resources = all.all(kind).values().cloned().collect();
             self.order(&Order { kind, resources, removed: Vec::new() });
         }
+    }
+
+    /// Has this resource too, whatever it is, until the next [`Self::apply`]: a name, and the bytes of a message.
+    pub fn also(&self, kind: Kind, name: &str, bytes: Vec<u8>) {
+        self.shared.state().resources.put(kind, name, bytes);
     }
 
     /// Sends these resources, whatever they are: names, and bytes of messages.
@@ -285,7 +290,12 @@ impl ControlPlane {
 
     /// Holds answers back, or gives them.
     pub fn hold(&self, hold: bool) {
-        self.shared.hold.send_replace(hold);
+        self.hold_only(if hold { &Kind::ALL } else { &[] });
+    }
+
+    /// Holds answers of these types back, and gives the others.
+    pub fn hold_only(&self, kinds: &[Kind]) {
+        self.shared.hold.send_replace(kinds.to_vec());
     }
 
     /// How long certificates live from now on.

@@ -335,13 +335,18 @@ impl Node {
     /// node's from then on; returned is the one before, which still runs. It has a namespace of its own, as the
     /// pod of a `DaemonSet` has: both have their ports.
     pub fn succeed_proxy(&self, settings: &[(&str, &str)]) -> Result<Proxy> {
-        static COUNT: AtomicU8 = AtomicU8::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let namespace = Namespace::create(&format!("{}{}-{number}", self.id, self.name()))?;
-        let next = Proxy::start_in(self, &namespace, settings)?;
+        let next = self.begin_successor(settings)?;
         next.wait_ready(SOON)?;
         let before = locked(&self.proxy).replace(next);
         before.with_context(|| format!("{} had no node proxy", self.name()))
+    }
+
+    /// Starts another node proxy beside its own, in a namespace of its own, and leaves it to the caller, as it is.
+    pub fn begin_successor(&self, settings: &[(&str, &str)]) -> Result<Proxy> {
+        static COUNT: AtomicU8 = AtomicU8::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let namespace = Namespace::create(&format!("{}{}-{number}", self.id, self.name()))?;
+        Proxy::start_in(self, &namespace, settings)
     }
 
     /// Kills its node proxy, which gets no warning.

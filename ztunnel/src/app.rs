@@ -37,6 +37,7 @@ use mesh_runtime::{
     threads::{self, Workers},
 };
 use mesh_state::{Handle, Writer};
+use mesh_xds::Known;
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
@@ -93,7 +94,7 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let state = writer.handle();
     watch_state(&doors.registry, &state);
     let sources = Sources::new(writer, &doors.dump);
-    let demand = load(&config, sources, &doors, &base)?;
+    let (demand, known) = load(&config, sources, &doors, &base)?;
 
     let certificates = certificates(&config, &doors.registry, &base)?;
     let dumped = certificates.clone();
@@ -106,12 +107,13 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let dns = config.dns.map(|dns| {
         let metrics = mesh_dns::Metrics::new(&doors.registry);
         let resolver = mesh_dns::Resolver::new(dns.settings, state.clone(), metrics);
-        crate::dns::Names { resolver: Arc::new(resolver), readiness: doors.readiness.clone() }
+        crate::dns::Names { resolver: Arc::new(resolver), known: known.clone() }
     });
     watch_log(&doors.registry, log);
     let shared = Shared {
         dns,
         demand,
+        known,
         names: Names::new(tokio::runtime::Handle::current(), config.process.ipv6),
         config: Arc::new(config.data_path),
         state,
@@ -229,8 +231,14 @@ fn watch_state(registry: &Registry, state: &Handle) {
     });
 }
 
-/// Has workloads, services and policies come. Returns whom to ask for those that do not come by themselves.
-fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyhow::Result<Demand> {
+/// Has workloads, services and policies come. Returns whom to ask for those that do not come by themselves, and when
+/// the others have come.
+fn load(
+    config: &Config,
+    sources: Sources,
+    doors: &Doors,
+    base: &Tasks,
+) -> anyhow::Result<(Demand, Known)> {
     let Doors { registry, readiness, dump, .. } = doors;
     let is_local = matches!(config.resources, Resources::File(_) | Resources::Inline(_));
     sources.show_static(dump, is_local);
@@ -245,7 +253,7 @@ fn load(config: &Config, sources: Sources, doors: &Doors, base: &Tasks) -> anyho
             tracing::warn!("no source of workloads: set XDS_ADDRESS, or LOCAL_XDS_PATH in a lab")
         }
     }
-    Ok(Demand::default())
+    Ok((Demand::default(), Known::already()))
 }
 
 fn certificates(

@@ -17,7 +17,10 @@ use mesh_runtime::{
     ready::Readiness,
     tasks::Tasks,
 };
-use mesh_xds::client::{self, Client};
+use mesh_xds::{
+    Known,
+    client::{self, Client},
+};
 use std::{sync::Arc, time::Duration};
 
 fn plane(remote: &Remote, options: Options, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
@@ -33,7 +36,7 @@ fn plane(remote: &Remote, options: Options, tasks: &Tasks) -> anyhow::Result<Con
 }
 
 /// Has the control plane's resources applied from now on. Returns whom to ask for those that do not come by
-/// themselves.
+/// themselves, and when the others have come.
 ///
 /// # Errors
 ///
@@ -43,7 +46,7 @@ pub(crate) fn follow(
     remote: &Remote,
     sources: Sources,
     (registry, readiness, tasks): (&Registry, &Readiness, &Tasks),
-) -> anyhow::Result<Demand> {
+) -> anyhow::Result<(Demand, Known)> {
     let Config { control_plane: settings, node, .. } = config;
     let plane = plane(remote, config.tls.options, tasks)?;
     let on_demand = settings.on_demand;
@@ -63,8 +66,9 @@ pub(crate) fn follow(
         token: Arc::new(move || Ok(token.read()?)),
     };
     let (client, demand) = Client::new(settings, plane, sources, (registry, readiness))?;
+    let known = client.known();
     tasks.spawn(|draining| client.run(draining));
-    Ok(if on_demand { Demand::of(demand) } else { Demand::default() })
+    Ok((if on_demand { Demand::of(demand) } else { Demand::default() }, known))
 }
 
 /// The CA behind this address.

@@ -4,11 +4,8 @@ use crate::pod::Pod;
 use mesh_core::{OriginalDst, Workload};
 use mesh_dns::{Dial, Resolver, Step, Transport};
 use mesh_platform::redirect::{Asker, Dns, Queries, Served};
-use mesh_runtime::{
-    net::{Listener, accept_until},
-    ready::Readiness,
-};
-use mesh_xds::client::STATE;
+use mesh_runtime::net::{Listener, accept_until};
+use mesh_xds::Known;
 use std::{
     io,
     net::{SocketAddr, TcpListener},
@@ -38,15 +35,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Names {
     /// Answers.
     pub(crate) resolver: Arc<Resolver>,
-    /// Says when the state has been filled once: until then a name of the mesh would be taken for somebody
-    /// else's, and what nobody knows is remembered by clients.
-    pub(crate) readiness: Readiness,
-}
-
-impl Names {
-    fn is_known(&self) -> bool {
-        self.readiness.is_open(STATE)
-    }
+    /// Until then a name of the mesh would be taken for somebody else's, and what nobody knows is remembered by
+    /// clients.
+    pub(crate) known: Known,
 }
 
 /// The DNS proxy of one pod.
@@ -99,7 +90,7 @@ impl Proxy {
 
     /// Who asks, once that and the mesh are known.
     async fn client(&self) -> Option<Arc<Workload>> {
-        timeout(PATIENCE, self.names.readiness.opened(STATE)).await.ok()?;
+        timeout(PATIENCE, self.names.known.wait()).await.ok()?;
         self.pod.workload().await.ok()
     }
 
@@ -177,7 +168,7 @@ impl Proxy {
         (transport, asked): (Transport, Option<SocketAddr>),
         reply: impl FnOnce(Vec<u8>) + Send + 'static,
     ) {
-        let client = self.pod.workload_now().filter(|_| self.names.is_known());
+        let client = self.pod.workload_now().filter(|_| self.names.known.is());
         let place = self.place();
         // Where there is no room to wait for who the client is, it is nobody.
         let now = client.is_some() || place.is_none();

@@ -26,6 +26,7 @@ use mesh_runtime::{
     threads::Workers,
 };
 use mesh_state::{Enrolment, Handle, PodInfo};
+use mesh_xds::Known;
 use std::{
     fmt,
     net::{SocketAddr, TcpListener},
@@ -70,6 +71,8 @@ pub(crate) struct Shared {
     pub(crate) workers: Workers,
     pub(crate) names: Names,
     pub(crate) demand: Demand,
+    /// No pod is taken before, and no connection of one is planned or let in: see [`Known`].
+    pub(crate) known: Known,
     pub(crate) telemetry: Telemetry,
     /// Answers names, if that is wanted.
     pub(crate) dns: Option<crate::dns::Names>,
@@ -243,19 +246,25 @@ impl Pod {
         });
     }
 
-    /// The workload of this pod, if the control plane has sent it.
+    /// The workload of this pod, if the control plane has sent it, and all that there is besides.
     pub(crate) fn workload_now(&self) -> Option<Arc<Workload>> {
+        if !self.shared.known.is() {
+            return None;
+        }
         self.enrolment.workload.borrow().clone()
     }
 
-    /// The workload of this pod; the control plane is given 5 s to send it.
+    /// The workload of this pod; the control plane is given 5 s to send it, and all that there is besides.
     ///
     /// # Errors
     ///
     /// Returns a failure once they are over.
     pub(crate) async fn workload(&self) -> Result<Arc<Workload>, Failure> {
         let mut workload: watch::Receiver<_> = self.enrolment.workload.clone();
-        let wait = async { workload.wait_for(Option::is_some).await.ok()?.clone() };
+        let wait = async {
+            self.shared.known.wait().await;
+            workload.wait_for(Option::is_some).await.ok()?.clone()
+        };
         match timeout(PATIENCE, wait).await {
             Ok(Some(workload)) => Ok(workload),
             Ok(None) | Err(_) => Err(Failure {

@@ -61,6 +61,15 @@ impl Resources {
         Ok(resources)
     }
 
+    /// Besides what is of the mesh, this: a name, and the bytes of a message.
+    pub(super) fn put(&mut self, kind: Kind, name: &str, value: Vec<u8>) {
+        let named = match kind {
+            Kind::Address => &mut self.addresses,
+            Kind::Authorization => &mut self.policies,
+        };
+        named.insert(name.to_owned(), resource(kind, name, value));
+    }
+
     pub(super) fn all(&self, kind: Kind) -> &Named {
         match kind {
             Kind::Address => &self.addresses,

@@ -19,7 +19,7 @@ use mesh_proto::{
 };
 use mesh_xds::session::Kind;
 use prost_types::value;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::{Request, Response, Status, Streaming, codegen::tokio_stream::Stream};
 
 use super::{Seen, Shared, TOKEN, resources::resource};
@@ -124,6 +124,15 @@ impl IstioCertificateService for Ca {
     }
 }
 
+/// Waits until one of these need not wait any more. Returns the types that are still held back.
+async fn let_go(
+    hold: &mut watch::Receiver<Vec<Kind>>,
+    waiting: &[(Kind, DeltaDiscoveryRequest)],
+) -> Option<Vec<Kind>> {
+    let free = |held: &Vec<Kind>| waiting.iter().any(|(kind, _)| !held.contains(kind));
+    hold.wait_for(free).await.ok().map(|held| held.clone())
+}
+
 /// One stream.
 pub(super) struct Call {
     requests: Streaming<DeltaDiscoveryRequest>,
@@ -143,7 +152,8 @@ impl Call {
     pub(super) async fn serve(mut self, shared: Arc<Shared>) {
         let (orders, mut ordered) = mpsc::channel(64);
         shared.state().streams.push(orders);
-        let (mut hold, mut waiting) = (shared.hold.subscribe(), Vec::new());
+        let mut hold = shared.hold.subscribe();
+        let mut waiting: Vec<(Kind, DeltaDiscoveryRequest)> = Vec::new();
         loop {
             tokio::select! {
                 message = self.requests.message() => match message {
@@ -151,11 +161,10 @@ impl Call {
                     Ok(None) | Err(_) => return,
                 },
                 Some(order) = ordered.recv() => self.obey(order).await,
-                free = async { hold.wait_for(|hold| !hold).await.is_ok() }, if !waiting.is_empty() => {
-                    if !free {
-                        return;
-                    }
-                    for (kind, request) in waiting.drain(..) {
+                held = let_go(&mut hold, &waiting) => {
+                    let Some(held) = held else { return };
+                    let free = waiting.extract_if(.., |(kind, _)| !held.contains(kind));
+                    for (kind, request) in free.collect::<Vec<_>>() {
                         if let Some(answer) = self.answer(&shared, kind, &request) {
                             self.send(answer).await;
                         }

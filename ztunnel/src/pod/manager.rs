@@ -158,6 +158,18 @@ impl Manager {
     ) -> Result<(), ProtocolBroken> {
         let mut backoff =
             Backoff::new(Duration::from_millis(20), Duration::from_secs(15), 2.0, 0.0);
+        if !self.shared.known.is() {
+            tracing::info!("pods are taken once the control plane has sent what there is");
+        }
+        // Nothing is known yet: whoever has the pods meanwhile serves them better, and where nobody has, what they
+        // dial waits.
+        tokio::select! {
+            () = self.shared.known.wait() => {}
+            () = draining.stopping() => {
+                self.farewell().await;
+                return Ok(());
+            }
+        }
         loop {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {

@@ -16,15 +16,15 @@ use mesh_runtime::control_plane::ControlPlane;
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::ready::{Gate, Readiness};
 use mesh_runtime::tasks::Draining;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::{Code, Request, Status};
 
-use crate::Node;
 use crate::demand::{self, Demand, Waiting};
 use crate::file::Handlers;
 use crate::metrics::{Metrics, Reason};
 use crate::session::{Chunk, Kind, Session};
+use crate::{Known, Node};
 use stream::Requests;
 
 /// A first push of a large mesh is one message.
@@ -93,8 +93,10 @@ pub struct Client<H> {
     session: Session,
     handlers: H,
     waiting: Waiting,
-    /// Opens once the first response was taken of each of these types, which are subscribed to as a whole.
+    /// Opens once a first response was taken, whole, of each of these types, which are subscribed to as a whole.
     gate: (Gate, Vec<Kind>),
+    /// The same, whatever was refused of it.
+    known: (watch::Sender<bool>, Vec<Kind>),
     metrics: Metrics,
 }
 
@@ -145,12 +147,19 @@ impl<H: Handlers> Client<H> {
         if !settings.on_demand {
             outstanding.push(Kind::Address);
         }
+        let known = (watch::Sender::new(false), outstanding.clone());
         let gate = (readiness.gate(STATE), outstanding);
         let (demand, waiting) = demand::channel();
         let session = Session::new(settings.node.clone(), settings.on_demand);
         let link = Link { plane, headers, settings };
         let metrics = Metrics::new(registry);
-        Ok((Self { link, session, handlers, waiting, gate, metrics }, demand))
+        Ok((Self { link, session, handlers, waiting, gate, known, metrics }, demand))
+    }
+
+    /// Says when everything has come once.
+    #[must_use]
+    pub fn known(&self) -> Known {
+        Known::of(&self.known.0)
     }
 
     /// Runs until told to stop. The state stays as it is whenever there is no connection.
@@ -240,6 +249,11 @@ impl<H: Handlers> Client<H> {
             for rejected in &answer.rejected {
                 tracing::warn!(name = %rejected.name, reason = %rejected.reason, "resource rejected");
             }
+        }
+        let (known, unknown) = &mut self.known;
+        unknown.retain(|kind| kind.url() != answer.request.type_url);
+        if unknown.is_empty() {
+            known.send_if_modified(|known| !std::mem::replace(known, true));
         }
         if let Some(first) = answer.first {
             let (gate, outstanding) = &mut self.gate;

@@ -199,6 +199,7 @@ struct Bed {
     registry: Registry,
     readiness: Readiness,
     demand: Option<Demand>,
+    known: Known,
 }
 
 impl Bed {
@@ -210,6 +211,7 @@ impl Bed {
             registry: Registry::new(),
             readiness: Readiness::new(),
             demand: None,
+            known: Known::already(),
         }
     }
 
@@ -239,6 +241,7 @@ impl Bed {
             Client::new(settings, plane, self.mesh.clone(), (&self.registry, &self.readiness))
                 .unwrap();
         self.demand = Some(demand);
+        self.known = client.known();
         self.tasks.spawn(|draining| client.run(draining));
     }
 
@@ -277,12 +280,16 @@ async fn a_stream_from_end_to_end() {
     assert_eq!(bed.mesh.0.lock().unwrap().len(), 2, "in effect before it is acknowledged");
     assert_eq!(bed.readiness.pending(), ["state manager"]);
 
+    assert!(!bed.known.is(), "policies have not come");
+
     // The policies' handler refuses everything.
     let any = Any { type_url: Kind::Authorization.url().to_owned(), value: Vec::new() };
     let policy = Resource { name: "n/p".to_owned(), resource: Some(any), ..Resource::default() };
     call.send(Kind::Authorization, "n2", vec![policy]).await;
     let nack = soon(call.next()).await;
     assert_eq!(nack.error_detail.unwrap().message, "n/p: scope: unknown");
+    // It goes into effect that the policy is not to be had.
+    soon(bed.known.wait()).await;
     assert_eq!(bed.readiness.pending(), ["state manager"]);
     call.send(Kind::Authorization, "n3", vec![]).await;
     assert_eq!(soon(call.next()).await.error_detail, None);
