@@ -1,7 +1,11 @@
 //! Network namespaces: hold one, run a closure in one.
 #![expect(unsafe_code, reason = "setns acts on the thread; only its wrapper is unsafe-free")]
 
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sched::{CloneFlags, setns},
+};
 use std::{
     cell::{Cell, OnceCell},
     fs::File,
@@ -107,6 +111,48 @@ impl Netns {
     }
 }
 
+/// The namespace is ours to change, until this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Exclusive(#[expect(dead_code, reason = "held, and not looked at")] Flock<File>);
+
+impl Netns {
+    /// Waits until nobody else, of this process or of another, changes the namespace by several steps. Not to be
+    /// nested.
+    ///
+    /// # Errors
+    ///
+    /// Fails without descriptors, or where `/proc` is not mounted.
+    pub(crate) fn exclusive(&self) -> io::Result<Exclusive> {
+        loop {
+            match Flock::lock(self.reopen()?, FlockArg::LockExclusive) {
+                Ok(lock) => return Ok(Exclusive(lock)),
+                Err((_, Errno::EINTR)) => {}
+                Err((_, error)) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// The same, without waiting: `None` where somebody does.
+    ///
+    /// # Errors
+    ///
+    /// As [`exclusive`](Self::exclusive).
+    pub(crate) fn try_exclusive(&self) -> io::Result<Option<Exclusive>> {
+        match Flock::lock(self.reopen()?, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(Exclusive(lock))),
+            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
+            Err((_, error)) => Err(error.into()),
+        }
+    }
+
+    /// A lock is of who opened the file: our descriptor came from the CNI agent, as that of another node proxy did,
+    /// and both would be one owner.
+    fn reopen(&self) -> io::Result<File> {
+        File::open(format!("/proc/self/fd/{}", self.fd.as_raw_fd()))
+    }
+}
+
 struct Back {
     home: Netns,
     before: Option<(RawFd, NetnsId)>,
@@ -174,6 +220,18 @@ mod tests {
         }));
         assert!(broken.is_err());
         assert_eq!(Netns::current().unwrap(), home);
+    }
+
+    #[test]
+    fn one_at_a_time_changes_a_namespace() {
+        let (one, other) = (fresh(), fresh());
+        // What a process got from another is the same open file.
+        let again = one.clone();
+        let held = one.exclusive().unwrap();
+        assert!(again.try_exclusive().unwrap().is_none());
+        assert!(other.try_exclusive().unwrap().is_some());
+        drop(held);
+        assert!(again.try_exclusive().unwrap().is_some());
     }
 
     #[test]

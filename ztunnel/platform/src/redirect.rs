@@ -4,7 +4,7 @@ mod dns;
 mod ebpf;
 mod external;
 
-pub use dns::{Asker, Dns, DnsAddress, Queries, Served};
+pub use dns::{Asker, Dns, DnsAddress, DnsSockets, Queries, Served};
 pub use ebpf::{Ebpf, Settings as EbpfSettings};
 pub use external::{External, OriginalSource, Settings as ExternalSettings};
 
@@ -33,7 +33,8 @@ pub trait Redirect: Send + Sync + fmt::Debug {
         self.enrol_with(uid, netns, None)
     }
 
-    /// The same, on listeners that another process has opened in the namespace and passed on; none are opened.
+    /// The same, on sockets that another process has opened in the namespace and passed on; what is among them is not
+    /// opened anew.
     ///
     /// # Errors
     ///
@@ -42,7 +43,7 @@ pub trait Redirect: Send + Sync + fmt::Debug {
         &self,
         uid: &str,
         netns: &Netns,
-        inherited: Option<Listeners>,
+        inherited: Option<Inherited>,
     ) -> Result<Pod, CaptureError>;
 
     /// Withdraws the capture of a pod (ZDS's Del). Its open connections go on through the proxy as long as
@@ -151,6 +152,15 @@ pub struct Listeners {
     pub inbound: TcpListener,
     /// Tunnels.
     pub hbone: TcpListener,
+}
+
+/// What a process passes on of a pod. Nothing but descriptors gets to the next one.
+#[derive(Debug)]
+pub struct Inherited {
+    /// The pod's listeners.
+    pub listeners: Listeners,
+    /// The sockets of its DNS proxy; without them they are opened, where names are answered.
+    pub dns: Option<DnsSockets>,
 }
 
 /// An enrolled pod. Cheap to clone. Dropping it leaves the capture as it is.

@@ -13,7 +13,7 @@ use nix::{
     },
 };
 use raw::Raw;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
     io::{self, IoSliceMut},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener},
@@ -61,6 +61,42 @@ pub struct Dns {
     pub tcp: Vec<TcpListener>,
     /// For datagrams.
     pub udp: Vec<Queries>,
+}
+
+impl Dns {
+    /// Nothing but the sockets, to be passed on.
+    #[must_use]
+    pub fn into_sockets(self) -> DnsSockets {
+        let udp = self.udp.into_iter().map(|queries| queries.socket).collect();
+        DnsSockets { tcp: self.tcp, udp }
+    }
+}
+
+/// The DNS sockets of a pod, as one process passes them on to the next.
+#[derive(Debug)]
+pub struct DnsSockets {
+    /// For connections.
+    pub tcp: Vec<TcpListener>,
+    /// For datagrams.
+    pub udp: Vec<std::net::UdpSocket>,
+}
+
+impl DnsSockets {
+    /// As ours from now on, in the namespace of the thread.
+    pub(super) fn adopt(
+        self,
+        prepare: impl Fn(&SockRef<'_>) -> io::Result<()>,
+        queries: impl Fn(Socket) -> io::Result<Queries>,
+    ) -> io::Result<Dns> {
+        let ours = |socket: &SockRef<'_>| {
+            socket.set_nonblocking(true)?;
+            prepare(socket)
+        };
+        self.tcp.iter().try_for_each(|tcp| ours(&SockRef::from(tcp)))?;
+        self.udp.iter().try_for_each(|udp| ours(&SockRef::from(udp)))?;
+        let udp = self.udp.into_iter().map(|udp| queries(udp.into()));
+        Ok(Dns { tcp: self.tcp, udp: udp.collect::<io::Result<_>>()? })
+    }
 }
 
 /// A UDP socket on which clients ask.

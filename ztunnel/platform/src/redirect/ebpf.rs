@@ -23,8 +23,13 @@ mod takeover;
 #[cfg(test)]
 mod tests;
 
-use super::{CaptureError, Listeners, Pod, Recipe, Redirect, SocketOptions, wrong_pod};
-use crate::{netns::Netns, socket::Connecting};
+use super::{
+    CaptureError, Dns, Inherited, Listeners, Pod, Recipe, Redirect, SocketOptions, wrong_pod,
+};
+use crate::{
+    netns::{Exclusive, Netns},
+    socket::Connecting,
+};
 use follow::Follower;
 use mesh_core::OriginalDst;
 use mesh_ebpf_common::MARK_LEAVING;
@@ -214,7 +219,7 @@ impl Ebpf {
         &self,
         uid: &str,
         netns: &Netns,
-        inherited: Option<Listeners>,
+        inherited: Option<Inherited>,
     ) -> Result<Pod, CaptureError> {
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
@@ -246,7 +251,7 @@ impl Ebpf {
     fn capture(
         &self,
         asked: &Asked<'_>,
-        inherited: Option<Listeners>,
+        inherited: Option<Inherited>,
     ) -> Result<Pod, CaptureError> {
         let Asked { uid, netns, folder, captured } = *asked;
         let adopted = folder.and_then(|folder| adopt(folder, netns));
@@ -254,13 +259,7 @@ impl Ebpf {
         // As it was before the first of us came: of what is taken over, or is only just being left.
         let found = adopted.as_ref().and_then(|_| folder.and_then(Program::pinned_found));
         let found = found.or_else(|| self.left.found(netns.id())).unwrap_or_else(Found::here);
-        let listeners = match inherited {
-            Some(listeners) => sockets::inherit(listeners, generation),
-            None => sockets::listeners(&self.settings.options, generation),
-        };
-        let listeners = listeners.map_err(CaptureError::kernel("listen in the pod"))?;
-        let dns = self.settings.dns.map(|port| dns::open(&self.settings.options, generation, port));
-        let dns = dns.transpose().map_err(CaptureError::kernel("listen for DNS in the pod"))?;
+        let (listeners, dns) = self.sockets(inherited, generation)?;
         let mut rules =
             Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
         let here =
@@ -311,6 +310,25 @@ impl Ebpf {
         Ok(Pod::new(uid, netns.clone(), listeners, recipe).with_dns(dns))
     }
 
+    /// What the pod is served on, opened or inherited, in the namespace of the thread.
+    fn sockets(
+        &self,
+        inherited: Option<Inherited>,
+        generation: u32,
+    ) -> Result<(Listeners, Option<Dns>), CaptureError> {
+        let options = &self.settings.options;
+        let (listeners, dns) = match inherited {
+            Some(Inherited { listeners, dns }) => (sockets::inherit(listeners, generation), dns),
+            None => (sockets::listeners(options, generation), None),
+        };
+        let listeners = listeners.map_err(CaptureError::kernel("listen in the pod"))?;
+        let dns = self.settings.dns.map(|port| match dns {
+            Some(inherited) => dns::inherit(inherited, generation),
+            None => dns::open(options, generation, port),
+        });
+        Ok((listeners, dns.transpose().map_err(CaptureError::kernel("listen for DNS in the pod"))?))
+    }
+
     /// Ends capture in the namespace of the thread; what lives stays with the proxy. `leaving` is called when
     /// the proxy is to mark what it begins.
     fn withdraw(&self, leaving: impl FnOnce()) -> Result<(), CaptureError> {
@@ -345,8 +363,9 @@ impl Ebpf {
             return pins::remove(&folder)
                 .map_err(CaptureError::kernel("forget a pod that is gone"));
         }
-        let found = Program::pinned_found(&folder);
         let netns = find(ino.into()).ok_or(CaptureError::NamespaceNotFound)?;
+        let _exclusive = exclusive(&netns)?;
+        let found = Program::pinned_found(&folder);
         let release = || {
             self.withdraw(|| ())?;
             if diag::is_held().map_err(CaptureError::kernel("list the pod's sockets"))? {
@@ -369,11 +388,12 @@ impl Redirect for Ebpf {
         &self,
         uid: &str,
         netns: &Netns,
-        inherited: Option<Listeners>,
+        inherited: Option<Inherited>,
     ) -> Result<Pod, CaptureError> {
         if !pins::is_uid(uid) {
             return Err(CaptureError::InvalidUid);
         }
+        let _exclusive = exclusive(netns)?;
         netns
             .run(|| self.enrol_here(uid, netns, inherited))
             .map_err(CaptureError::kernel("enter the pod's network namespace"))?
@@ -381,6 +401,7 @@ impl Redirect for Ebpf {
 
     fn remove(&self, pod: &Pod) -> Result<(), CaptureError> {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(()) };
+        let _exclusive = exclusive(&shared.netns)?;
         let mut state = shared.state();
         // Somebody who took it over has the capture, too.
         let ours = |program: &Program| !program.is_taken_over(shared.generation);
@@ -404,6 +425,7 @@ impl Redirect for Ebpf {
 
     fn finish(&self, pod: &Pod) -> Result<bool, CaptureError> {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(true) };
+        let _exclusive = exclusive(&shared.netns)?;
         let mut state = shared.state();
         if !state.withdrawn || state.finished {
             return Ok(true);
@@ -491,6 +513,12 @@ impl Redirect for Ebpf {
     fn original_source(&self, pod: &Pod) -> bool {
         matches!(pod.0.recipe, Recipe::Ebpf(_))
     }
+}
+
+/// Enrolling a pod, withdrawing its capture and cleaning up after it take several steps each, and more than one may be
+/// under way: a pod that comes back while its last connections end, a node proxy that follows another, `release`.
+fn exclusive(netns: &Netns) -> Result<Exclusive, CaptureError> {
+    netns.exclusive().map_err(CaptureError::kernel("have the pod's network namespace to ourselves"))
 }
 
 /// Whether a client may have it. Nobody out there is loopback.

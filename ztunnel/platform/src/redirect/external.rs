@@ -2,8 +2,8 @@
 //! destination from conntrack (REDIRECT) or from the socket itself (TPROXY).
 
 use super::{
-    CaptureError, Dns, DnsAddress, Door, Listeners, Pod, Recipe, Redirect, SocketOptions, dns,
-    wrong_pod,
+    CaptureError, Dns, DnsAddress, DnsSockets, Door, Inherited, Listeners, Pod, Queries, Recipe,
+    Redirect, SocketOptions, dns, wrong_pod,
 };
 use crate::{
     netns::Netns,
@@ -128,7 +128,11 @@ impl External {
         Ok((socket.into(), transparent))
     }
 
-    fn dns(&self) -> io::Result<Option<Dns>> {
+    fn dns(&self, inherited: Option<DnsSockets>) -> io::Result<Option<Dns>> {
+        if let Some(inherited) = inherited.filter(|_| self.settings.dns.is_some()) {
+            let as_they_are = |_: &SockRef<'_>| Ok(());
+            return inherited.adopt(as_they_are, Queries::redirected).map(Some);
+        }
         let prepare = |socket: &Socket| {
             if let Some(mark) = self.settings.mark {
                 socket.set_mark(mark)?;
@@ -155,10 +159,11 @@ impl Redirect for External {
         &self,
         uid: &str,
         netns: &Netns,
-        inherited: Option<Listeners>,
+        inherited: Option<Inherited>,
     ) -> Result<Pod, CaptureError> {
+        let (listeners, dns) = inherited.map_or((None, None), |it| (Some(it.listeners), it.dns));
         let open = || -> io::Result<_> {
-            if let Some(listeners) = inherited {
+            if let Some(listeners) = listeners {
                 let transparent = SockRef::from(&listeners.outbound).ip_transparent_v4()?;
                 return Ok((listeners, transparent));
             }
@@ -172,7 +177,7 @@ impl Redirect for External {
             .map_err(CaptureError::kernel("enter the pod's network namespace"))?
             .map_err(CaptureError::kernel("listen in the pod"))?;
         let dns = netns
-            .run(|| self.dns())
+            .run(|| self.dns(dns))
             .map_err(CaptureError::kernel("enter the pod's network namespace"))?
             .map_err(CaptureError::kernel("listen for DNS in the pod"))?;
         let recipe = Recipe::External(Captured { original_source });

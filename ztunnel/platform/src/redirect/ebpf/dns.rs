@@ -3,10 +3,10 @@
 
 use super::sockets;
 use crate::{
-    redirect::{Dns, Queries, SocketOptions, dns::udp},
+    redirect::{Dns, DnsSockets, Queries, SocketOptions, dns::udp},
     socket,
 };
-use socket2::{Domain, Socket};
+use socket2::{Domain, SockRef, Socket};
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -28,6 +28,16 @@ pub(super) fn open(options: &SocketOptions, generation: u32, port: u16) -> io::R
     };
     bind(&socket, v6, generation, port)?;
     Ok(Dns { tcp: vec![tcp], udp: vec![Queries::steered(socket, v6)?] })
+}
+
+/// Another process's, as ours from now on: what they accept and send bears our generation.
+pub(super) fn inherit(sockets: DnsSockets, generation: u32) -> io::Result<Dns> {
+    let mark = |socket: &SockRef<'_>| socket.set_mark(sockets::mark(generation));
+    let steered = |socket: Socket| {
+        let v6 = socket.domain()? == Domain::IPV6;
+        Queries::steered(socket, v6)
+    };
+    sockets.adopt(mark, steered)
 }
 
 /// As [`sockets::listener`] does.

@@ -10,8 +10,15 @@ use std::{
     error::Error,
     io,
     sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::sleep,
+};
+
+/// Between two looks at a namespace that somebody else changes.
+const STEP: Duration = Duration::from_millis(20);
 
 /// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV6_IFADDR`, and the groups of rules, 8 and 19.
 const GROUPS: u32 = 0x1 | 0x10 | 0x100 | 1 << 7 | 1 << 18;
@@ -47,8 +54,16 @@ impl Follower {
         };
         loop {
             // First without an event: something may have come before the subscription.
-            if let Err(error) = shared.refresh() {
-                tracing::warn!(error, "cannot follow a pod's addresses and devices");
+            match shared.refresh() {
+                Ok(true) => {}
+                // Not on this thread: it has connections to serve.
+                Ok(false) => {
+                    sleep(STEP).await;
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(error, "cannot follow a pod's addresses and devices");
+                }
             }
             match events.readable().await {
                 Ok(mut ready) => {
@@ -76,12 +91,13 @@ fn drain(socket: &Socket) -> io::Result<()> {
 }
 
 impl Shared {
-    /// Learns addresses and routes anew.
-    fn refresh(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+    /// Learns addresses and routes anew. Returns whether it could: not while somebody else changes the namespace.
+    fn refresh(&self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let Some(_exclusive) = self.netns.try_exclusive()? else { return Ok(false) };
         self.netns.run(|| {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             if state.withdrawn {
-                return Ok(());
+                return Ok(true);
             }
             let mut rules = Rules::open()?;
             // Somebody else has withdrawn it (`ztunnel release`): what lives goes on, as if it had been us.
@@ -91,7 +107,7 @@ impl Shared {
                 state.withdrawn = true;
                 state.program = None;
                 self.left.begin(self.netns.id(), self.found);
-                return Ok(());
+                return Ok(true);
             }
             let here = Surroundings::look()?;
             if let Some(program) = &mut state.program {
@@ -104,7 +120,7 @@ impl Shared {
             // Where IPv6 came back its rule is a stop until now.
             rules.capture(self.dns)?;
             *self.own.write().unwrap_or_else(PoisonError::into_inner) = here.addresses;
-            Ok(())
+            Ok(true)
         })?
     }
 }

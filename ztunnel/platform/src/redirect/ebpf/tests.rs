@@ -311,6 +311,25 @@ fn a_pod_that_is_back_is_not_finished() {
     assert_eq!((lab.traces().as_str(), lab.sysctls()), ("", [0, 0, 0, 0]));
 }
 
+/// The last connection of a pod that has left ends while it comes back.
+#[test]
+fn a_pod_may_come_back_while_what_is_left_of_it_is_taken_away() {
+    let lab = Lab::new("bwh");
+    let redirect = Ebpf::new(Settings { pins: Some(lab.pins()), ..Settings::default() }).unwrap();
+    let mut pod = redirect.enrol(UID, &lab.pod).unwrap();
+    let whole = lab.traces();
+    for _ in 0..30 {
+        redirect.remove(&pod).unwrap();
+        drop(pod.take_listeners());
+        pod = std::thread::scope(|scope| {
+            scope.spawn(|| redirect.finish(&pod).unwrap());
+            redirect.enrol(UID, &lab.pod)
+        })
+        .unwrap();
+        assert_eq!(lab.traces(), whole);
+    }
+}
+
 #[test]
 fn release_and_prune_find_the_pods_of_others() {
     for prune in [false, true] {

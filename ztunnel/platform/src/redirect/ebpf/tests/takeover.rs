@@ -5,10 +5,12 @@ use super::{
     Ebpf, UID, canonical,
     lab::{self, FAMILIES, Family, Lab, accept, close, dial, echo, listen},
 };
-use crate::redirect::{External, ExternalSettings, Listeners, Pod, Redirect};
+use crate::redirect::{
+    Dns, DnsAddress, DnsSockets, External, ExternalSettings, Inherited, Listeners, Pod, Redirect,
+};
 use mesh_ebpf_common::cfg;
 use std::{
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
@@ -224,21 +226,78 @@ fn answer(listener: &TcpListener, ended: &AtomicBool) {
     }
 }
 
+/// What a process passes on are numbers: nothing but the descriptors gets to the next.
+fn pass_on(listeners: Listeners, dns: Option<Dns>) -> Inherited {
+    let listener = |listener: TcpListener| TcpListener::from(OwnedFd::from(listener));
+    let Listeners { outbound, inbound, hbone } = listeners;
+    let listeners = Listeners {
+        outbound: listener(outbound),
+        inbound: listener(inbound),
+        hbone: listener(hbone),
+    };
+    let dns = dns.map(Dns::into_sockets).map(|DnsSockets { tcp, udp }| DnsSockets {
+        tcp: tcp.into_iter().map(listener).collect(),
+        udp: udp.into_iter().map(|udp| UdpSocket::from(OwnedFd::from(udp))).collect(),
+    });
+    Inherited { listeners, dns }
+}
+
+/// Who asks this server for a name, by both ways.
+fn ask(lab: &Lab, server: SocketAddr) -> (TcpStream, UdpSocket) {
+    let udp = lab.pod.run(|| {
+        let any = if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any)?;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        socket.connect(server)?;
+        socket.send(b"a name?")?;
+        Ok::<_, std::io::Error>(socket)
+    });
+    (dial(&lab.pod, None, server).unwrap(), udp.unwrap().unwrap())
+}
+
+/// Whether who asked is answered, in the name of the server that was asked where that is to be known.
+fn answer_all(dns: Dns, asked: &[(TcpStream, UdpSocket)], server_is_known: bool) {
+    let Dns { tcp, udp } = dns;
+    let mut taken: Vec<_> = Vec::new();
+    for (client, _) in asked {
+        let v4 = client.local_addr().unwrap().is_ipv4();
+        let of_family = |tcp: &&TcpListener| tcp.local_addr().is_ok_and(|own| own.is_ipv4() == v4);
+        taken.push(accept(tcp.iter().find(of_family).unwrap_or(&tcp[0])));
+    }
+    for (client, _) in asked {
+        let name = client.local_addr().unwrap();
+        echo(client, &taken.iter().find(|(_, from)| canonical(*from) == name).unwrap().0);
+    }
+    lab::runtime().block_on(async {
+        let served: Vec<_> = udp.into_iter().map(|udp| udp.serve().unwrap()).collect();
+        for turn in 0..asked.len() {
+            let socket = &served[turn % served.len()];
+            let mut room = [0; 64];
+            let receive = timeout(Duration::from_secs(10), socket.receive(&mut room));
+            let (length, asker) = receive.await.unwrap().unwrap();
+            assert_eq!(&room[..length], b"a name?");
+            assert_eq!(asker.server().is_some(), server_is_known);
+            socket.reply(&asker, b"an address").unwrap();
+        }
+    });
+    for (_, client) in asked {
+        let mut room = [0; 64];
+        let length = client.recv(&mut room).unwrap();
+        assert_eq!(&room[..length], b"an address");
+    }
+}
+
 #[test]
 fn a_pod_can_be_served_on_inherited_listeners() {
     let lab = Lab::new("inh");
-    let (_old, _first, old) = enrol(&lab);
+    let settings = Settings { pins: Some(lab.pins()), dns: Some(15053), ..Settings::default() };
+    let old = Ebpf::new(settings.clone()).unwrap().enrol(UID, &lab.pod).unwrap();
     let waiting = dial_all(&lab);
-    // What a process passes on are numbers: nothing but the descriptors gets to the next.
-    let pass_on = |listener: TcpListener| TcpListener::from(OwnedFd::from(listener));
-    let inherited = Listeners {
-        outbound: pass_on(old.outbound),
-        inbound: pass_on(old.inbound),
-        hbone: pass_on(old.hbone),
-    };
-    let settings = Settings { pins: Some(lab.pins()), ..Settings::default() };
+    let asked = FAMILIES.map(|family| ask(&lab, SocketAddr::new(family.peer, 53)));
+    let inherited = pass_on(old.take_listeners().unwrap(), old.take_dns());
     let redirect = Ebpf::new(settings).unwrap();
     let pod = redirect.enrol_with(UID, &lab.pod, Some(inherited)).unwrap();
+    answer_all(pod.take_dns().unwrap(), &asked, true);
     let listeners = pod.take_listeners().unwrap();
     accept_all(&listeners, &waiting);
     accept_all(&listeners, &dial_all(&lab));
@@ -253,13 +312,18 @@ fn a_pod_can_be_served_on_inherited_listeners() {
 #[test]
 fn so_can_one_that_others_redirect() {
     let lab = Lab::new("ine");
-    let external = External::new(ExternalSettings::default());
-    let old = external.enrol(UID, &lab.pod).unwrap().take_listeners().unwrap();
+    let settings =
+        ExternalSettings { dns: Some(DnsAddress::Localhost(15053)), ..ExternalSettings::default() };
+    let old = External::new(settings).enrol(UID, &lab.pod).unwrap();
+    let localhost = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let asked = localhost.map(|ip| ask(&lab, SocketAddr::new(ip, 15053)));
     let Family { pod: own, .. } = FAMILIES[1];
     let ports = [15001, 15006, 15008];
     let waiting = ports.map(|port| dial(&lab.peer, None, SocketAddr::new(own, port)).unwrap());
-    let next = External::new(ExternalSettings::default());
-    let pod = next.enrol_with(UID, &lab.pod, Some(old)).unwrap();
+    let next = External::new(settings);
+    let inherited = pass_on(old.take_listeners().unwrap(), old.take_dns());
+    let pod = next.enrol_with(UID, &lab.pod, Some(inherited)).unwrap();
+    answer_all(pod.take_dns().unwrap(), &asked, false);
     let Listeners { outbound, inbound, hbone, .. } = pod.take_listeners().unwrap();
     for (client, listener) in waiting.iter().zip([&outbound, &inbound, &hbone]) {
         let (stream, from) = accept(listener);
