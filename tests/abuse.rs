@@ -116,6 +116,50 @@ fn rapid_reset() {
     });
 }
 
+/// The client resets nothing: each frame is an error of its stream, so that the server does (CVE-2025-8671).
+#[test]
+fn resets_that_the_server_is_made_to_send() {
+    let world = World::new();
+    world.bounded(|frames| {
+        let block = connect(&world.authority());
+        let mut cut = false;
+        for stream in (1..200_000).step_by(2) {
+            let request = frame(kind::HEADERS, END_HEADERS, stream, &block);
+            // A window that grows by nothing.
+            let wrong = frame(kind::WINDOW_UPDATE, 0, stream, &[0; 4]);
+            if frames.write(&[request, wrong].concat()).is_err() {
+                cut = true;
+                break;
+            }
+        }
+        let answer = frames.read(SILENCE);
+        assert!(cut || answer.closed, "a hundred thousand resets were sent");
+    });
+}
+
+/// A few bytes that stand for many: a header is learnt once, and then named again and again.
+#[test]
+fn headers_that_unfold() {
+    let world = World::new();
+    world.bounded(|frames| {
+        // With indexing: a name of one byte, and a value of 4000.
+        let mut learnt = vec![0x40, 1, b'x', 0x7f, 0xa1, 0x1e];
+        learnt.extend(vec![b'y'; 4000]);
+        let named = vec![0x80 | 62; 12_000];
+        // 48 MB each.
+        for stream in (1..40).step_by(2) {
+            let block = [connect(&world.authority()), learnt.clone(), named.clone()].concat();
+            if frames.write(&frame(kind::HEADERS, END_HEADERS, stream, &block)).is_err() {
+                return;
+            }
+        }
+        let answer = frames.read(SILENCE);
+        let refused = |kind| answer.frames.iter().filter(|frame| **frame == kind).count();
+        let all = refused(kind::RST_STREAM).max(refused(kind::HEADERS));
+        assert!(answer.closed || all == 20, "{answer:?}");
+    });
+}
+
 #[test]
 fn large_headers() {
     let world = World::new();
@@ -246,6 +290,10 @@ fn a_server_that_floods() {
         scene.a.with_proxy(told).unwrap();
         scene.ask(&scene.client, server).unwrap();
     }
+    let flag = [("response_flags", "H2_HANDSHAKE_FAILURE"), ("reporter", "source")];
+    let metrics = scene.a.with_proxy(|proxy| proxy.metrics()).unwrap();
+    let failed = metrics.sum("istio_tcp_connections_failed_total", &flag);
+    assert!(failed + 0.5 > attempts as f64, "{failed} of {attempts}");
     let grown = memory(&scene.a).saturating_sub(before);
     assert!(grown <= BOUND, "{grown} MiB more than the {before} before");
     // Of 200 MB and more.

@@ -362,8 +362,8 @@ fn check(scene: &Scene, case: &Case) {
     assert_eq!(sample.labels.len(), COMMON.len(), "{}", case.name);
 }
 
-/// The flags that can be provoked from outside, each on the node that reports it. The others,
-/// `H2_HANDSHAKE_FAILURE` and `CERT_REVOKED`, are in the tests of mesh-core and of revocation.
+/// The flags, each on the node that reports it. The others are elsewhere: `H2_HANDSHAKE_FAILURE` in `tests/abuse.rs`,
+/// `CERT_REVOKED` in `tests/control_plane.rs`.
 #[test]
 fn every_response_flag() {
     let mut world = World::start(&[]).unwrap();

@@ -45,12 +45,16 @@ pub mod kind {
     pub const PING: u8 = 6;
     /// GOAWAY
     pub const GOAWAY: u8 = 7;
+    /// `WINDOW_UPDATE`
+    pub const WINDOW_UPDATE: u8 = 8;
     /// CONTINUATION
     pub const CONTINUATION: u8 = 9;
 }
 
 /// Says that a header block ends here.
 pub const END_HEADERS: u8 = 4;
+/// Says that a stream ends here.
+pub const END_STREAM: u8 = 1;
 
 /// A frame, as bytes.
 #[must_use]

@@ -3,13 +3,14 @@
 use http::Request;
 use mesh_tests::{
     ca::Authority,
+    frames::{END_HEADERS, END_STREAM, Frames, connect, frame, kind},
     hbone::{Dial, Tunnel, refused},
     mesh::{hostname, identity, principal},
-    scene::{HTTP, TUNNEL, web},
+    scene::{HTTP, TCP, TUNNEL, web},
     wait::{self, SOON},
 };
 use serde_json::json;
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use super::is_refusal;
 use crate::start;
@@ -58,6 +59,21 @@ fn every_status() {
     let get = Request::get(format!("https://{ip}:{HTTP}/")).body(()).unwrap();
     let reply = tunnel.request(get).unwrap();
     assert!(is_refusal(&reply, 400), "{reply:?}");
+}
+
+/// In a tunnel and in plain text, whoever captures.
+#[test]
+fn an_application_need_not_see_its_clients() {
+    let scene = start(&[("ENABLE_ORIG_SRC", "false")]).unwrap();
+    let own = [scene.server.v4(), scene.server.v6()];
+    for (to, own) in web(80).into_iter().zip(own) {
+        let said = scene.ask_until(&scene.client, to).unwrap();
+        assert_eq!(said["client"], own.to_string(), "{to}");
+    }
+    for (to, own) in scene.server_at(HTTP).into_iter().zip(own) {
+        let said = scene.ask_until(&scene.outsider, to).unwrap();
+        assert_eq!(said["client"], own.to_string(), "{to}");
+    }
 }
 
 #[test]
@@ -127,6 +143,42 @@ fn a_denial_is_401_and_logged_whole() {
     let other = scene.certificate("other").unwrap();
     let dial = Dial::new(scene.outsider.namespace(), scene.tunnel(), &other);
     assert_eq!(Tunnel::open(&dial).unwrap().connect(&authority, &[]).unwrap().status, 200);
+}
+
+/// What is sent behind a CONNECT, before its answer, goes where the CONNECT goes, and nowhere if it is refused.
+#[test]
+fn what_is_sent_before_the_answer_waits_for_it() {
+    let mut scene = start(&[]).unwrap();
+    let rules = json!([[[{ "principals": [{ "Exact": principal("client") }] }]]]);
+    scene.mesh.policy("no-client", "Deny", &rules);
+    scene.apply_policy("no-client").unwrap();
+    let authority = format!("{}:{TCP}", scene.server.v4());
+    for (account, word) in [("client", "refused"), ("other", "let-in")] {
+        let certificate = scene.certificate(account).unwrap();
+        let dial = Dial::new(scene.outsider.namespace(), scene.tunnel(), &certificate);
+        let mut frames = Frames::open(&dial).unwrap();
+        let request = frame(kind::HEADERS, END_HEADERS, 1, &connect(&authority));
+        let early = frame(kind::DATA, END_STREAM, 1, format!("echo-{word}\n").as_bytes());
+        frames.write(&[request, early].concat()).unwrap();
+        let answer = frames.read(Duration::from_secs(1));
+        assert!(answer.frames.contains(&kind::HEADERS), "{account}: {answer:?}");
+    }
+    // Of the second it has heard, and so of all that it was to hear of.
+    let heard = || Ok(scene.tcp.output().contains("echo-let-in").then_some(()));
+    wait::until("the application to hear of it", SOON, heard).unwrap();
+    let output = scene.tcp.output();
+    assert!(!output.contains("echo-refused"), "{output}");
+    assert_eq!(output.matches(" from ").count(), 1, "{output}");
+}
+
+#[test]
+fn answers_need_not_say_who_answers() {
+    let scene = start(&[("ENABLE_RESPONSE_BAGGAGE", "false")]).unwrap();
+    let client = scene.certificate("client").unwrap();
+    let dial = Dial::new(scene.outsider.namespace(), scene.tunnel(), &client);
+    let authority = format!("{}:{HTTP}", scene.server.v4());
+    let reply = Tunnel::open(&dial).unwrap().connect(&authority, &[]).unwrap();
+    assert_eq!((reply.status, reply.headers.len()), (200, 0));
 }
 
 #[test]

@@ -84,3 +84,25 @@ fn the_clients_side_lets_streams_finish_too() {
     assert_eq!(code, 0);
     ticking.finish(SOON).unwrap().ok().unwrap();
 }
+
+/// The first is a request to stop, as SIGTERM is; whoever cannot wait says so.
+#[test]
+fn a_second_interrupt_ends_it_at_once() {
+    let scene = start(&[("TERMINATION_GRACE_PERIOD_SECONDS", "60")]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let to = web(TCP)[0].to_string();
+    let mut held = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+    held.says("open", SOON).unwrap();
+    scene
+        .b
+        .with_proxy(|proxy| {
+            proxy.program().signal(Signal::SIGINT)?;
+            let stopping = || Ok(proxy.log().tail(20).contains("stopping").then_some(()));
+            wait::until("the stop to begin", SOON, stopping)?;
+            assert!(proxy.program().is_running(), "it waits for what is open");
+            proxy.program().signal(Signal::SIGINT)?;
+            assert_eq!(proxy.program().wait(SOON)?, 0);
+            Ok(())
+        })
+        .unwrap();
+}

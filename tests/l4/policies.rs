@@ -94,6 +94,29 @@ fn a_policy_that_has_not_come_denies_after_a_while() {
     waiting.finish(SOON).unwrap().ok().unwrap();
 }
 
+/// What a policy says of a connection is in the log, above all what one on trial would do.
+#[test]
+fn what_is_on_trial_is_told() {
+    let mut scene = start(&[("AUTHZ_POLICY_INFO_LOGGING", "true")]).unwrap();
+    let rules = json!([[[{ "destinationPorts": [HTTP] }]]]);
+    scene.mesh.policy("trial", "Deny", &rules).set("dryRun", json!(true));
+    scene.mesh.policy("real", "Allow", &json!([[[{ "namespaces": [{ "Exact": NAMESPACE }] }]]]));
+    scene.apply_policy("real").unwrap();
+    scene.b.with_proxy(|proxy| proxy.wait_policy("trial", true)).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let log = scene.b.with_proxy(|proxy| Ok(proxy.log())).unwrap();
+    for (policy, says) in
+        [("trial", "would be denied by this dry-run policy"), ("real", "explicitly allowed")]
+    {
+        let told = |line: &String| {
+            let name = format!("policy=lab/{policy}");
+            line.contains("\tinfo\t") && line.contains(says) && line.contains(&name)
+        };
+        let found = || Ok(log.since(0).iter().any(told).then_some(()));
+        wait::until(policy, SOON, found).unwrap();
+    }
+}
+
 /// A denial that comes later ends what is open; a dry run, another's policy and a missing one do not.
 #[test]
 fn a_new_policy_closes_what_it_denies_and_nothing_else() {

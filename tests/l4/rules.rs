@@ -52,6 +52,53 @@ fn nftables() {
     serves(Backend::Nftables);
 }
 
+/// Its rules are gone before the node proxy is told, so that what it has open cannot go on: it ends at once, and is
+/// no failure.
+#[test]
+fn a_pod_that_leaves_ends_what_it_has_open() {
+    let scene = Scene::external(Backend::Iptables, &[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let to = web(TCP)[0].to_string();
+    let mut held = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+    held.says("open", SOON).unwrap();
+    let mark = scene.a.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    scene.a.release(&scene.client).unwrap();
+    held.says("closed", SOON).unwrap();
+    scene
+        .a
+        .with_proxy(|proxy| {
+            let drained = "connection closed due to connection drain";
+            let line = proxy.wait_access(mark, "its end", |line| {
+                line.message == "connection complete" && line.field("error").starts_with(drained)
+            })?;
+            assert_eq!((line.level.as_str(), line.field("direction")), ("error", "outbound"));
+            let metrics = proxy.metrics()?;
+            let labels = [("reporter", "source"), ("response_flags", "-")];
+            let count = |name: &str| metrics.sum(name, &labels);
+            let opened = count("istio_tcp_connections_opened_total");
+            let closed = count("istio_tcp_connections_closed_total");
+            assert!((opened - closed).abs() < 0.5, "{opened} opened, {closed} closed");
+            assert!(metrics.sum("istio_tcp_connections_failed_total", &[]) < 0.5);
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// The node proxy's doors are IPv4's alone: what the rules lead to the others is refused, and goes out nowhere.
+#[test]
+fn ipv6_may_be_off() {
+    let scene = Scene::external(Backend::Iptables, &[("IPV6_ENABLED", "false")]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let capture = Capture::start(scene.lab.wire(), &["in-clear"]).unwrap();
+    for to in [web(TCP)[1], scene.server_at(TCP)[1], SocketAddr::new(scene.outsider.v6(), TCP)] {
+        let got = scene.client.tcp(to, &["echo", "in-clear"]).unwrap();
+        assert!(!got.is_ok(), "{to}: {}", got.out);
+    }
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.objection(), None);
+    assert!(seen.attempts.is_empty(), "{:?}", seen.attempts);
+}
+
 /// The rules lead to a port that nobody has: refused, and never let pass.
 #[test]
 fn a_dead_node_proxy_lets_nothing_pass_and_its_successor_takes_over() {

@@ -5,6 +5,8 @@ use mesh_tests::{
     scene::{TCP, web},
     wait::{self, SOON},
 };
+use nix::sys::signal::Signal;
+use serde_json::json;
 use std::{fs, net::SocketAddr};
 
 use crate::start;
@@ -54,6 +56,72 @@ fn a_reset_arrives_as_a_reset() {
         let seen = || Ok(ends().get(before).cloned());
         let seen = wait::until("the server to see its end", SOON, seen).unwrap();
         assert!(seen.ends_with(": reset"), "{} to {to}: {seen}", from.name());
+    }
+}
+
+/// Descriptors that a node's proxy has open.
+fn descriptors(node: &Node) -> usize {
+    let pid = node.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// Programs that are killed in the middle of what they do, that reset, that end one side and go: none of them leaves
+/// anything behind, and all that was opened is closed.
+#[test]
+fn nothing_is_left_of_who_goes_without_a_word() {
+    let scene = start(&[]).unwrap();
+    for (from, to) in ways(&scene) {
+        wait::retry("an echo", SOON, || from.tcp(to, &["echo", "x"])?.ok()).unwrap();
+    }
+    let before = [&scene.a, &scene.b].map(descriptors);
+    for (from, to) in ways(&scene) {
+        let to = to.to_string();
+        let begin = |what: &[&str], says: &str| {
+            let words: Vec<_> = ["tcp", &to].into_iter().chain(what.iter().copied()).collect();
+            let mut program = from.spawn(words).unwrap();
+            program.says(says, SOON).unwrap();
+            program
+        };
+        for _ in 0..3 {
+            for (what, says) in [
+                (&["hold"][..], "open"),
+                (&["deaf", "100000000"], "deaf"),
+                (&["tick", "1000", "5"], "open"),
+            ] {
+                let mut program = begin(what, says);
+                program.signal(Signal::SIGKILL).unwrap();
+                program.wait(SOON).unwrap();
+            }
+        }
+        for _ in 0..5 {
+            from.tcp(to.parse().unwrap(), &["cut"]).unwrap().ok().unwrap();
+            from.tcp(to.parse().unwrap(), &["reset", "1000"]).unwrap().ok().unwrap();
+        }
+    }
+    for (node, before) in [&scene.a, &scene.b].into_iter().zip(before) {
+        let sums = || {
+            node.with_proxy(|proxy| {
+                let metrics = proxy.metrics()?;
+                let sum = |name: &str| metrics.sum(name, &[]);
+                let opened = sum("istio_tcp_connections_opened_total");
+                let closed = sum("istio_tcp_connections_closed_total");
+                Ok((opened, closed, sum("istio_tcp_sockets_open")))
+            })
+        };
+        let all_closed = || {
+            let (opened, closed, open) = sums()?;
+            anyhow::ensure!((opened - closed).abs() < 0.5, "{opened} opened, {closed} closed");
+            anyhow::ensure!(open.abs() < 0.5, "{open} sockets are open");
+            let now = descriptors(node);
+            anyhow::ensure!(now <= before, "{now} descriptors and not {before}");
+            Ok(())
+        };
+        wait::retry(node.name(), SOON, all_closed).unwrap();
+        let dump = node.with_proxy(|proxy| Ok(proxy.config_dump()?["workloadState"].take()));
+        let dump = dump.unwrap();
+        for pod in dump.as_object().unwrap().values() {
+            assert_eq!(pod["connections"], json!({ "inbound": [], "outbound": [] }), "{dump}");
+        }
     }
 }
 

@@ -1,22 +1,21 @@
 //! The settings of the node proxy: read once, all faults reported together.
 
+mod capture;
+mod data_path;
 mod dns;
 pub mod keys;
 
 pub use dns::Dns;
 
 use crate::pod::DataPath;
-use mesh_core::{Namespace, NetworkId, ServiceAccount, Text};
-use mesh_platform::redirect::{
-    EbpfSettings, ExternalSettings, Keepalive, OriginalSource, SocketOptions,
-};
+use mesh_core::{Namespace, ServiceAccount, Text};
+use mesh_platform::redirect::{EbpfSettings, ExternalSettings};
 use mesh_runtime::{
     config::{Amount, ConfigErrors, FromYaml, Invalid, Key, Reader, Source},
     log::{Filter, Shape},
 };
 use mesh_state::PodInfo;
-use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, time::Duration};
-use tracing::Level;
+use std::{collections::BTreeMap, io, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 /// Where Istio keeps the mesh's config in its images.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
@@ -186,7 +185,7 @@ pub struct Process {
 /// Returns all faults together.
 pub fn load(environment: &dyn Source) -> Result<Config, ConfigErrors> {
     let mut faults = Vec::new();
-    let mesh = mesh_config(&mut faults);
+    let mesh = mesh_config(std::fs::read_to_string(MESH_CONFIG), &mut faults);
     let proxy = proxy_config(environment, &mut faults);
     let layers = mesh_runtime::config::Layers::new().then(environment).then(&proxy).then(&mesh);
     let mut reader = Reader::new(&layers);
@@ -196,17 +195,17 @@ pub fn load(environment: &dyn Source) -> Result<Config, ConfigErrors> {
     Ok(config)
 }
 
-fn mesh_config(faults: &mut Vec<Invalid>) -> FromYaml {
-    // A file that is not there is none.
-    let Ok(text) = std::fs::read_to_string(MESH_CONFIG) else { return FromYaml::default() };
-    FromYaml::mesh_config(&text).unwrap_or_else(|error| {
-        faults.push(Invalid {
-            name: MESH_CONFIG.to_owned(),
-            value: String::new(),
-            advice: format!("mend the file: {error}"),
-        });
-        FromYaml::default()
-    })
+fn mesh_config(text: io::Result<String>, faults: &mut Vec<Invalid>) -> FromYaml {
+    let advice = match text {
+        Ok(text) => match FromYaml::mesh_config(&text) {
+            Ok(settings) => return settings,
+            Err(error) => format!("mend the file: {error}"),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return FromYaml::default(),
+        Err(error) => format!("make the file readable, or take it away: {error}"),
+    };
+    faults.push(Invalid { name: MESH_CONFIG.to_owned(), value: String::new(), advice });
+    FromYaml::default()
 }
 
 fn proxy_config(environment: &dyn Source, faults: &mut Vec<Invalid>) -> FromYaml {
@@ -229,11 +228,11 @@ fn read(reader: &mut Reader<'_>) -> Config {
     let own = matches!(pods, Pods::Shared(_)).then(|| own(reader)).flatten();
     let dns = dns::dns(reader, matches!(pods, Pods::Dedicated(_)));
     let dns = dns::without_demand(reader, dns, &resources);
-    let capture = capture(reader, &pods, dns.as_ref());
+    let capture = capture::capture(reader, &pods, dns.as_ref());
     let process = process(reader);
     let tls = tls(reader);
     let control_plane = control_plane(reader);
-    let mut data_path = data_path(reader, &capture);
+    let mut data_path = data_path::data_path(reader, &capture);
     // What is accepted meanwhile needs some of the drain, too.
     data_path.patience = PATIENCE.min(process.drain / 2);
     // A file has everything that there is.
@@ -442,45 +441,6 @@ fn own(reader: &mut Reader<'_>) -> Option<PodInfo> {
     info
 }
 
-fn capture(reader: &mut Reader<'_>, pods: &Pods, dns: Option<&Dns>) -> Capture {
-    let keepalive = Keepalive {
-        time: reader.duration(&keys::KEEPALIVE_TIME),
-        interval: reader.duration(&keys::KEEPALIVE_INTERVAL),
-        retries: u32::try_from(reader.count(&keys::KEEPALIVE_RETRIES)).unwrap_or(u32::MAX),
-    };
-    let options = SocketOptions {
-        keepalive: reader.toggle(&keys::KEEPALIVE_ENABLED).then_some(keepalive),
-        user_timeout: reader.toggle(&keys::USER_TIMEOUT_ENABLED),
-    };
-    let pins = PathBuf::from(reader.text(&keys::CAPTURE_PIN_DIR));
-    let original_source = match reader.optional_toggle(&keys::ENABLE_ORIG_SRC) {
-        None => OriginalSource::BestEffort,
-        Some(true) => OriginalSource::Required,
-        Some(false) => OriginalSource::Never,
-    };
-    let shared = matches!(pods, Pods::Shared(_));
-    let told = reader.source().get(keys::PACKET_MARK.name).is_some();
-    let mark = reader.optional_count(&keys::PACKET_MARK).and_then(|mark| u32::try_from(mark).ok());
-    let external = ExternalSettings {
-        options,
-        ipv6: reader.toggle(&keys::IPV6_ENABLED),
-        port_reuse: reader.toggle(&keys::INPOD_PORT_REUSE),
-        original_source,
-        mark: mark.filter(|_| shared || told),
-        dns: dns.map(|dns| dns.address),
-    };
-    let choices = [("external", false), ("ebpf", true)];
-    if reader.choice(&keys::CAPTURE, &choices).unwrap_or_default() {
-        if !shared {
-            reader.invalid(&keys::CAPTURE, "unset it: in dedicated mode nothing is captured by us");
-        }
-        let dns = dns.map(|dns| dns.address.port());
-        Capture::Ebpf(EbpfSettings { options, pins: Some(pins), dns, ..EbpfSettings::default() })
-    } else {
-        Capture::External(external)
-    }
-}
-
 fn process(reader: &mut Reader<'_>) -> Process {
     let filter = reader.text(&keys::RUST_LOG).parse().unwrap_or_else(|_invalid| {
         reader.invalid(&keys::RUST_LOG, "write levels such as info or info,access=debug");
@@ -518,11 +478,17 @@ fn drain(reader: &mut Reader<'_>) -> Duration {
     })
 }
 
-/// Istio's rule: what is asked for, else by the CPU limit and request, else a quarter of the cores,
-/// at least 2.
+/// In Istio's `ProxyConfig`: worker threads, 0 is one a core.
+const CONCURRENCY: Key = Key { name: "concurrency", ..keys::ZTUNNEL_WORKER_THREADS };
+
+/// Istio's rule: what is asked for, in the environment or else in the proxy config; else by the CPU limit and
+/// request, else a quarter of the cores, at least 2.
 fn workers(reader: &mut Reader<'_>) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    let asked = reader.percent_or_count(&keys::ZTUNNEL_WORKER_THREADS).map(|n: Amount| n.of(cores));
+    let asked = reader
+        .percent_or_count(&keys::ZTUNNEL_WORKER_THREADS)
+        .or_else(|| reader.percent_or_count(&CONCURRENCY))
+        .map(|n: Amount| n.of(cores));
     let old = reader.cpu_quantity(&keys::ZTUNNEL_CPU_LIMIT);
     let limit = reader.cpu_quantity(&keys::ZTUNNEL_RESOURCE_CPU_LIMIT).or(old);
     let request = reader.cpu_quantity(&keys::ZTUNNEL_RESOURCE_CPU_REQUEST);
@@ -531,47 +497,6 @@ fn workers(reader: &mut Reader<'_>) -> NonZeroUsize {
         None => cores.div_ceil(4).max(request.unwrap_or(0)).max(2),
     });
     usize::try_from(count).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN)
-}
-
-fn data_path(reader: &mut Reader<'_>, capture: &Capture) -> DataPath {
-    let network = name(reader, &keys::NETWORK, NetworkId::default());
-    let hbone = hbone(reader);
-    DataPath {
-        hbone,
-        plan: crate::outbound::PlanConfig::new(network.clone()),
-        network,
-        response_baggage: reader.toggle(&keys::ENABLE_RESPONSE_BAGGAGE),
-        localhost_tunnel: reader.toggle(&keys::LOCALHOST_APP_TUNNEL),
-        policy_log: match reader.toggle(&keys::AUTHZ_POLICY_INFO_LOGGING) {
-            true => Level::INFO,
-            false => Level::DEBUG,
-        },
-        // Whose open connections go on after a pod has left the mesh: with rules of somebody else's
-        // they cannot, because those are gone by then.
-        farewell: match capture {
-            Capture::External(_) => Duration::ZERO,
-            Capture::Ebpf(_) => Duration::from_secs(60 * 60),
-        },
-        patience: Duration::ZERO,
-    }
-}
-
-fn hbone(reader: &mut Reader<'_>) -> mesh_hbone::Settings {
-    let mut settings = mesh_hbone::Settings::default();
-    let mut set = |key: &Key, field: &mut u32| {
-        if let Some(value) = reader.optional_count(key) {
-            match u32::try_from(value) {
-                Ok(value) => *field = value,
-                Err(_) => reader.invalid(key, "write less than 4Gi"),
-            }
-        }
-    };
-    set(&keys::HTTP2_STREAM_WINDOW_SIZE, &mut settings.stream_window);
-    set(&keys::HTTP2_CONNECTION_WINDOW_SIZE, &mut settings.connection_window);
-    set(&keys::HTTP2_FRAME_SIZE, &mut settings.frame_size);
-    set(&keys::POOL_MAX_STREAMS_PER_CONNECTION, &mut settings.pool_streams);
-    settings.pool_idle = reader.duration(&keys::POOL_UNUSED_RELEASE_TIMEOUT);
-    settings
 }
 
 #[cfg(test)]

@@ -71,11 +71,11 @@ keys! {
         "`true`: TLS 1.2 is allowed beside 1.3, in tunnels and to the control plane. Not with `pqc`.";
     INPOD_UDS = "INPOD_UDS", "path", "/var/run/ztunnel/ztunnel.sock", "The socket of the CNI agent.";
     INPOD_PORT_REUSE = "INPOD_PORT_REUSE", "bool", "true",
-        "Whether the listeners in pods share their ports, as upgrades need.";
+        "Whether the listeners in pods share their ports, as upgrades need. With `CAPTURE=ebpf` they do.";
     PACKET_MARK = "PACKET_MARK", "number", "1337",
-        "The mark of our packets; in dedicated mode none unless set.";
+        "The mark of our packets; in dedicated mode none unless set. With `CAPTURE=ebpf` it is this one.";
     ENABLE_ORIG_SRC = "ENABLE_ORIG_SRC", "true, false", "",
-        "Whether applications see the client's address: required, never, or (unset) if possible.";
+        "Whether applications see the client's address: required, never, or (unset) if possible; with `CAPTURE=ebpf` it is always possible.";
     KEEPALIVE_ENABLED = "KEEPALIVE_ENABLED", "bool", "true", "TCP keepalive.";
     KEEPALIVE_TIME = "KEEPALIVE_TIME", "duration", "180s", "Idle time before the first probe.";
     KEEPALIVE_INTERVAL = "KEEPALIVE_INTERVAL", "duration", "180s", "Time between probes.";
@@ -97,13 +97,13 @@ keys! {
     TERMINATION_GRACE_PERIOD_SECONDS = "TERMINATION_GRACE_PERIOD_SECONDS", "seconds", "",
         "Kubernetes' grace period; gives the deadline where that is not set: 5 s less, 1 s less up to 10 s.";
     ZTUNNEL_WORKER_THREADS = "ZTUNNEL_WORKER_THREADS", "count, 0, N%", "",
-        "Worker threads; 0 is one a core.";
+        "Worker threads; 0 is one a core. In Istio also `concurrency` of the proxy config.";
     ZTUNNEL_CPU_LIMIT = "ZTUNNEL_CPU_LIMIT", "quantity", "", "The container's CPU limit.";
     ZTUNNEL_RESOURCE_CPU_LIMIT = "ZTUNNEL_RESOURCE_CPU_LIMIT", "quantity", "",
         "The same, under its newer name.";
     ZTUNNEL_RESOURCE_CPU_REQUEST = "ZTUNNEL_RESOURCE_CPU_REQUEST", "quantity", "",
         "The container's CPU request.";
-    IPV6_ENABLED = "IPV6_ENABLED", "bool", "true", "Whether IPv6 is served.";
+    IPV6_ENABLED = "IPV6_ENABLED", "bool", "true", "Whether IPv6 is served. With `CAPTURE=ebpf` that of pods is, and only names have no addresses of it.";
     LOCALHOST_APP_TUNNEL = "LOCALHOST_APP_TUNNEL", "bool", "true",
         "Whether applications that take the PROXY protocol are reached on loopback.";
     ENABLE_RESPONSE_BAGGAGE = "ENABLE_RESPONSE_BAGGAGE", "bool", "true",

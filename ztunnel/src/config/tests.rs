@@ -95,8 +95,30 @@ fn threads_follow_limit_and_request() {
         (&[("ZTUNNEL_WORKER_THREADS", "3")][..], 3),
         (&[("ZTUNNEL_CPU_LIMIT", "1500m")], 2),
         (&[("ZTUNNEL_CPU_LIMIT", "1"), ("ZTUNNEL_RESOURCE_CPU_REQUEST", "4")], 4),
+        (&[("PROXY_CONFIG", "concurrency: 5"), ("ZTUNNEL_CPU_LIMIT", "1")], 5),
+        (&[("PROXY_CONFIG", "concurrency: 5"), ("ZTUNNEL_WORKER_THREADS", "3")], 3),
     ] {
         assert_eq!(settings(pairs).unwrap().process.workers.get(), threads, "{pairs:?}");
+    }
+}
+
+/// Not there is none; what is there and cannot be used is no start.
+#[test]
+fn the_mesh_s_config_is_read_or_is_a_fault() {
+    let read = |text: io::Result<&str>| {
+        let mut faults = Vec::new();
+        let found = mesh_config(text.map(str::to_owned), &mut faults);
+        (
+            found.get("ISTIO_META_A"),
+            faults.into_iter().map(|fault| fault.advice).collect::<Vec<_>>(),
+        )
+    };
+    let file = "defaultConfig: {proxyMetadata: {A: b}}";
+    assert_eq!(read(Ok(file)), (Some("b".to_owned()), vec![]));
+    assert_eq!(read(Err(io::ErrorKind::NotFound.into())), (None, vec![]));
+    for bad in [Ok("defaultConfig: ["), Err(io::ErrorKind::PermissionDenied.into())] {
+        let (found, faults) = read(bad);
+        assert!(found.is_none() && faults.len() == 1, "{faults:?}");
     }
 }
 

@@ -72,6 +72,8 @@ pub struct Settings {
     pub ingress: bool,
     /// The port of the DNS sockets, where names are answered. Nothing can be reached there: port 53 is steered.
     pub dns: Option<u16>,
+    /// Whether applications see their clients' addresses.
+    pub original_source: bool,
 }
 
 impl Default for Settings {
@@ -83,6 +85,7 @@ impl Default for Settings {
             probes: PROBES.to_vec(),
             ingress: false,
             dns: None,
+            original_source: true,
         }
     }
 }
@@ -494,6 +497,7 @@ impl Redirect for Ebpf {
     ) -> io::Result<Connecting> {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Err(wrong_pod()) };
         let to = SocketAddr::new(to.ip().to_canonical(), to.port());
+        let client = client.filter(|_| self.settings.original_source);
         let client = client.map(|client| client.ip().to_canonical());
         let client = client.filter(|ip| ip.is_ipv4() == to.is_ipv4() && is_client(*ip));
         let options = &self.settings.options;
@@ -511,7 +515,7 @@ impl Redirect for Ebpf {
     }
 
     fn original_source(&self, pod: &Pod) -> bool {
-        matches!(pod.0.recipe, Recipe::Ebpf(_))
+        self.settings.original_source && matches!(pod.0.recipe, Recipe::Ebpf(_))
     }
 }
 
