@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -32,7 +32,7 @@ pub(crate) struct Metrics {
     on_demand_dns: Family<Counter>,
     /// Proxies of pods: running, waiting for another try, started and stopped so far.
     pub(crate) pods: Pods,
-    known: Mutex<HashMap<Pair, Known>>,
+    known: Arc<Mutex<HashMap<Pair, Known>>>,
 }
 
 /// The gauges and counters of the pods.
@@ -57,6 +57,8 @@ struct Pair {
 
 struct Known {
     counters: Arc<Counters>,
+    /// Whether a connection asked for it since the last scrape.
+    used: bool,
     _source: Option<Arc<Workload>>,
     _destination: Option<Arc<Workload>>,
     _service: Option<Arc<Service>>,
@@ -72,6 +74,21 @@ fn place<T>(value: Option<&Arc<T>>) -> usize {
     value.map_or(0, |value| Arc::as_ptr(value).addr())
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets go of pairs that no connection has, or has had since the last scrape: what they hold on to, workloads that may
+/// be gone, and series, which the registry drops once they are idle and nobody's.
+fn forget(known: &mut HashMap<Pair, Known>) {
+    known.retain(|_, entry| {
+        std::mem::replace(&mut entry.used, false) || Arc::strong_count(&entry.counters) > 1
+    });
+    if known.capacity() > 4 * known.len() {
+        known.shrink_to(2 * known.len());
+    }
+}
+
 impl Metrics {
     /// Registers the families.
     pub(crate) fn new(registry: &Registry, version: &str) -> Self {
@@ -82,6 +99,9 @@ impl Metrics {
         let sockets =
             gauge("istio_tcp_sockets_open", "The number of proxied TCP sockets open now.");
         let reporter = |reporter: Reporter| Labels::new([("reporter", reporter.as_str())]);
+        let known = Arc::<Mutex<HashMap<Pair, Known>>>::default();
+        let remembered = Arc::clone(&known);
+        registry.on_scrape(move |_| forget(&mut lock(&remembered)));
         Self {
             opened: counter("istio_tcp_connections_opened", "TCP connections opened."),
             closed: counter("istio_tcp_connections_closed", "TCP connections closed."),
@@ -117,7 +137,7 @@ impl Metrics {
                 started: counter("workload_manager_proxies_started", "Pods taken on.").single(),
                 stopped: counter("workload_manager_proxies_stopped", "Pods let go.").single(),
             },
-            known: Mutex::new(HashMap::new()),
+            known,
         }
     }
 
@@ -137,12 +157,14 @@ impl Metrics {
             service: place(ends.service.as_ref()),
             mutual_tls: ends.mutual_tls,
         };
-        if let Some(known) = self.known().get(&pair) {
+        if let Some(known) = self.known().get_mut(&pair) {
+            known.used = true;
             return Arc::clone(&known.counters);
         }
         let counters = Arc::new(self.resolve(ends));
         let entry = Known {
             counters: Arc::clone(&counters),
+            used: true,
             _source: source.cloned(),
             _destination: ends.destination.clone(),
             _service: ends.service.clone(),
@@ -155,8 +177,8 @@ impl Metrics {
         counters
     }
 
-    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<Pair, Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> MutexGuard<'_, HashMap<Pair, Known>> {
+        lock(&self.known)
     }
 
     fn resolve(&self, ends: &Ends) -> Counters {
@@ -225,5 +247,57 @@ impl Metrics {
     /// Counts a connection from this workload for which a name had to be resolved.
     pub(crate) fn on_demand_dns(&self, source: &Workload, host: &Hostname) {
         self.on_demand_dns.with(&name_labels(source, host)).increment(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resources::{self, Sources};
+    use mesh_runtime::admin::Dump;
+    use mesh_state::Writer;
+    use std::time::Duration;
+
+    const MESH: &str =
+        "workloads: [{uid: c//Pod/ns/a, name: a, namespace: ns, workloadIps: [10.0.0.1]}]";
+
+    #[tokio::test(start_paused = true)]
+    async fn who_talks_no_more_is_forgotten() {
+        let hour = Duration::from_secs(60 * 60);
+        let registry = Registry::dropping_after(hour);
+        let metrics = Metrics::new(&registry, "test");
+        let writer = Writer::new(mesh_core::Text::default());
+        let state = writer.handle();
+        resources::inline(MESH, Sources::new(writer, &Dump::new())).unwrap();
+        let uid = "c//Pod/ns/a".parse().unwrap();
+        let workload = state.read(|view| view.workload(&uid)).unwrap();
+        drop(state);
+        let ends = |source| Ends {
+            reporter: Reporter::Source,
+            source,
+            source_identity: None,
+            destination: None,
+            service: None,
+            mutual_tls: false,
+        };
+        let ours = Arc::strong_count(&workload);
+        let counters = metrics.counters(&ends(Source::Workload(Arc::clone(&workload))));
+        counters.opened.increment(1);
+        let is_shown = || registry.render().contains("istio_tcp_connections_opened_total{");
+        for _ in 0..3 {
+            tokio::time::advance(hour).await;
+            assert!(is_shown(), "a connection has it");
+        }
+        drop(counters);
+        assert!(is_shown());
+        assert_eq!(Arc::strong_count(&workload), ours, "nothing of it is held on to");
+        tokio::time::advance(hour).await;
+        assert!(!is_shown(), "for an hour nobody has had it");
+        // What was asked for since the last scrape is likely to be asked for again.
+        drop(metrics.counters(&ends(Source::Unknown)));
+        let _text = registry.render();
+        assert_eq!(metrics.known().len(), 1);
+        let _text = registry.render();
+        assert_eq!(metrics.known().len(), 0);
     }
 }
