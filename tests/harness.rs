@@ -16,10 +16,12 @@ use mesh_tests::{
     ca::Authority,
     capture::Capture,
     envoy::{self, Route},
+    fault_proxy::{Ending, Fault, FaultProxy},
     hbone::{Dial, Listener, Tunnel, refused},
     instance,
     mesh::identity,
     netns::{self, Namespace},
+    program::Start,
     rules,
     wait::{self, SOON},
 };
@@ -93,6 +95,50 @@ fn plain_traffic_is_noticed_on_the_wire() {
     // And silence is silence.
     let seen = Capture::start(world.lab.wire(), &["marker-of-mine"]).unwrap().stop().unwrap();
     assert_eq!(seen.objection(), None);
+}
+
+#[test]
+fn a_fault_proxy_does_what_it_is_told() {
+    let world = world();
+    let door = SocketAddr::from(([10, 77, 0, 254], 9000));
+    let server = SocketAddr::new(world.a.address().0, 9000);
+    let on = |node: &Node, words: &[&str]| {
+        Start::ours(node.namespace(), world.lab.folder(), words).spawn().unwrap()
+    };
+    let mut program = on(&world.a, &["tcp-server", &server.to_string()]);
+    program.says("listening", SOON).unwrap();
+    let other = &world.lab.nodes()[1];
+    let address = door.to_string();
+    let begin = |what: &[&str]| on(other, &[&["tcp", &address], what].concat());
+    let proxy = FaultProxy::start(world.lab.wire(), door, server).unwrap();
+    let tcp = |what: &[&str]| begin(what).finish(SOON).unwrap();
+    assert!(tcp(&["sum", "1000003"]).is_ok() && tcp(&["send", "1000003"]).is_ok());
+    let mut open = begin(&["hold"]);
+    open.says("open", SOON).unwrap();
+    for (fault, what, says) in [
+        (Fault::Refuse, &["echo", "x"][..], "connect: refused"),
+        (Fault::Garbage, &["echo", "x"], "got \"ZZZZ"),
+        (Fault::Corrupt, &["send", "1000"], "got 1000 bytes"),
+        (Fault::Cut(700, Ending::Close), &["send", "1000"], "got 700 bytes"),
+        (Fault::Cut(700, Ending::Reset), &["send", "1000"], "reset by peer"),
+    ] {
+        proxy.set(fault);
+        let tried = || Ok(Some(tcp(what)).filter(|tried| tried.err.contains(says)));
+        let tried = wait::until(&format!("{fault:?}"), SOON, tried).unwrap();
+        assert!(!tried.is_ok(), "{fault:?}: {tried:?}");
+    }
+    // Nothing comes while it is a hole, and all of it afterwards, late.
+    proxy.set(Fault::Hole);
+    let mut late = begin(&["echo", "late"]);
+    assert!(late.says("late", Duration::from_millis(300)).is_err());
+    proxy.set(Fault::Trickle(5));
+    let said = late.says("late", SOON).unwrap();
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert!(said["ms"].as_u64().unwrap() >= 300, "{said}");
+    // What was open all the while is still, until it is cut.
+    assert!(open.is_running(), "{}", open.output());
+    proxy.cut();
+    open.says("closed: reset", SOON).unwrap();
 }
 
 #[test]

@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::realmesh;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -23,12 +24,10 @@ use nix::{
 
 use crate::{Options, istio::bed::Bed, report::Report};
 
-const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/realmesh");
-
 /// Builds the bed's programs where that is needed, and becomes the process that runs the bed with
 /// [`inside`] in it: namespaces and all of its processes end with that.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let scripts = Path::new(FOLDER).join("scripts");
+    let scripts = realmesh::folder()?.join("scripts");
     let built = Command::new(scripts.join("build")).stderr(Stdio::inherit()).output()?;
     ensure!(built.status.success(), "the real mesh could not be built: see above");
     let said = String::from_utf8(built.stdout)?;

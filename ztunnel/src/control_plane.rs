@@ -98,7 +98,7 @@ pub(crate) fn authority(
     };
     let connect = move || {
         let plane = plane.clone();
-        async move { Ok(plane.connect().await?) }
+        async move { Ok(plane.connect().await?.0) }
     };
     Ok(Arc::new(istio::IstioCa::new(connect, settings)?))
 }

@@ -228,7 +228,7 @@ fn flood(mut stream: &TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// A round trip every so many milliseconds.
+/// A round trip every so many milliseconds; says how far it is, now and then.
 fn tick(stream: &TcpStream, count: u64, pause: u64) -> Result<()> {
     let mut input = BufReader::new(stream);
     let mut output = stream;
@@ -240,6 +240,8 @@ fn tick(stream: &TcpStream, count: u64, pause: u64) -> Result<()> {
         anyhow::ensure!(line.trim() == n.to_string(), "got {line:?} back at {n}");
         if n == 0 {
             say("open");
+        } else if n % 20 == 0 {
+            say(&format!("at {n}"));
         }
         wait::pause(Duration::from_millis(pause));
     }

@@ -13,6 +13,7 @@ use mesh_tests::{
     netns::Namespace,
     program::{Finished, Start},
     proxy::Proxy,
+    realmesh,
     wait::{self, SOON},
 };
 use nix::{
@@ -21,7 +22,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{FOLDER, words};
+use super::words;
 
 /// Where the API server and istiod are reached.
 const HOST: &str = "192.0.2.1";
@@ -150,7 +151,8 @@ impl Bed {
 
     /// All that the checks need, up and enrolled.
     pub(super) fn populate(&self) -> Result<String> {
-        self.kubectl(&["apply", "--server-side", "-f", &format!("{FOLDER}/mesh/shop.yaml")])?;
+        let shop = realmesh::folder()?.join("mesh/shop.yaml");
+        self.kubectl(&["apply", "--server-side", "-f", &shop.to_string_lossy()])?;
         for (namespace, name) in [
             ("shop", "client"),
             ("shop", "other"),

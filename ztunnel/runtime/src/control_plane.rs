@@ -4,6 +4,8 @@
 //! file is trusted from then on; the server may be known under one more name than the one that was dialled. Who
 //! we are goes with each call, as a token, and is the caller's business.
 
+mod loss;
+
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -30,11 +32,14 @@ use tokio::net::TcpStream;
 use tonic::codegen::Service;
 use tonic::transport::{Channel, Endpoint};
 
+use self::loss::Noted;
+pub use self::loss::{Cause, Loss};
 use crate::tasks::Tasks;
 
 /// For name, TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The peer is asked for a sign of life so often, and given so long for it.
+/// The peer is asked for a sign of life so often, and given so long for it. istiod does the same the other way;
+/// whoever asks it more than twice as often is turned away. Until then what is known is served.
 const PING_EVERY: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Large enough that a first push of many megabytes is not held up by round trips.
@@ -229,19 +234,23 @@ impl ControlPlane {
         Ok(Self(Arc::new(Inner { endpoint, host, port, tls })))
     }
 
-    /// Connects. The channel connects again by itself when a call finds it broken, with the roots of then.
+    /// Connects. The channel connects again by itself when a call finds it broken, with the roots of then; the
+    /// loss is of its last connection.
     ///
     /// # Errors
     /// Why not. Bounded in time.
     ///
     /// # Cancel safety
     /// Dropping it gives the attempt up.
-    pub async fn connect(&self) -> Result<Channel, ConnectError> {
-        let connected = self.0.endpoint.connect_with_connector(Dial(Arc::clone(&self.0))).await;
-        connected.map_err(|error| match own(error) {
+    pub async fn connect(&self) -> Result<(Channel, Loss), ConnectError> {
+        let loss = Loss::default();
+        let dial = Dial(Arc::clone(&self.0), loss.clone());
+        let connected = self.0.endpoint.connect_with_connector(dial).await;
+        let channel = connected.map_err(|error| match own(error) {
             Ok(own) => own,
             Err(error) => ConnectError::Http(error),
-        })
+        })?;
+        Ok((channel, loss))
     }
 }
 
@@ -297,12 +306,13 @@ impl hyper::rt::Executor<Pin<Box<dyn Future<Output = ()> + Send>>> for Owned {
 }
 
 /// One connection, as the transport asks for it.
-struct Dial(Arc<Inner>);
+struct Dial(Arc<Inner>, Loss);
 
-type Dialling = Pin<Box<dyn Future<Output = Result<TokioIo<Box<dyn Io>>, Shared>> + Send>>;
+type Connected = TokioIo<Noted<Box<dyn Io>>>;
+type Dialling = Pin<Box<dyn Future<Output = Result<Connected, Shared>> + Send>>;
 
 impl Service<Uri> for Dial {
-    type Response = TokioIo<Box<dyn Io>>;
+    type Response = Connected;
     type Error = Shared;
     type Future = Dialling;
 
@@ -311,11 +321,12 @@ impl Service<Uri> for Dial {
     }
 
     fn call(&mut self, _uri: Uri) -> Self::Future {
-        let inner = Arc::clone(&self.0);
+        let (inner, loss) = (Arc::clone(&self.0), self.1.clone());
         Box::pin(async move {
             let dialled = tokio::time::timeout(CONNECT_TIMEOUT, inner.dial()).await;
             let dialled = dialled.unwrap_or(Err(ConnectError::Timeout));
-            dialled.map(TokioIo::new).map_err(|error| Shared(std::sync::Mutex::new(Some(error))))
+            let dialled = dialled.map(|io| TokioIo::new(loss.note(io)));
+            dialled.map_err(|error| Shared(std::sync::Mutex::new(Some(error))))
         })
     }
 }

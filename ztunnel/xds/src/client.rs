@@ -12,7 +12,7 @@ use std::time::Duration;
 use mesh_proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient as Ads;
 use mesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_runtime::backoff::Backoff;
-use mesh_runtime::control_plane::ControlPlane;
+use mesh_runtime::control_plane::{Cause, ControlPlane, Loss};
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::ready::{Gate, Readiness};
 use mesh_runtime::tasks::Draining;
@@ -98,6 +98,8 @@ pub struct Client<H> {
     /// The same, whatever was refused of it.
     known: (watch::Sender<bool>, Vec<Kind>),
     metrics: Metrics,
+    /// Of the last connection.
+    loss: Loss,
 }
 
 /// How a call begins.
@@ -153,7 +155,8 @@ impl<H: Handlers> Client<H> {
         let session = Session::new(settings.node.clone(), settings.on_demand);
         let link = Link { plane, headers, settings };
         let metrics = Metrics::new(registry);
-        Ok((Self { link, session, handlers, waiting, gate, known, metrics }, demand))
+        let loss = Loss::default();
+        Ok((Self { link, session, handlers, waiting, gate, known, metrics, loss }, demand))
     }
 
     /// Says when everything has come once.
@@ -172,7 +175,7 @@ impl<H: Handlers> Client<H> {
             };
             let (reason, delay) = next(&end, &mut delays);
             self.metrics.terminated(reason);
-            report(&end, delay);
+            report(&end, self.loss.cause().as_ref(), delay);
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = draining.stopping() => return,
@@ -182,8 +185,12 @@ impl<H: Handlers> Client<H> {
 
     /// One connection from its beginning to its end.
     async fn connection(&mut self) -> End {
+        self.loss = Loss::default();
         let channel = match self.link.plane.connect().await {
-            Ok(channel) => channel,
+            Ok((channel, loss)) => {
+                self.loss = loss;
+                channel
+            }
             Err(error) => return End::NotConnected(error.into()),
         };
         let (requests, outgoing) = mpsc::channel(REQUESTS);
@@ -328,21 +335,30 @@ fn is_routine(status: &Status) -> bool {
     }
 }
 
-fn report(end: &End, delay: Duration) {
-    match end {
-        End::NotConnected(error) => {
+/// Says how it ended. Where the connection was lost, the stream knows no more than that it broke.
+fn report(end: &End, lost: Option<&Cause>, delay: Duration) {
+    match (end, lost) {
+        (End::NotConnected(_), Some(cause)) => {
+            tracing::warn!(error = %cause, retry = ?delay, "no stream from the control plane");
+        }
+        (End::NotConnected(error), None) => {
             tracing::warn!(error = %chain(error.as_ref()), retry = ?delay, "no stream from the control plane");
         }
-        End::Failed(status) if is_routine(status) => {
+        (End::Failed(_), Some(cause)) => {
+            tracing::warn!(error = %cause, retry = ?delay, "connection to the control plane lost");
+        }
+        (End::Failed(status), None) if is_routine(status) => {
             tracing::info!(error = %chain(status), retry = ?delay, "stream of the control plane ended");
         }
-        End::Failed(status) => {
+        (End::Failed(status), None) => {
             tracing::warn!(error = %chain(status), retry = ?delay, "stream of the control plane failed");
         }
-        End::Local(error) => {
+        (End::Local(error), _) => {
             tracing::error!(error = %chain(error.as_ref()), retry = ?delay, "cannot call the control plane");
         }
-        End::Closed { .. } => tracing::info!(retry = ?delay, "the control plane closed its stream"),
+        (End::Closed { .. }, _) => {
+            tracing::info!(retry = ?delay, "the control plane closed its stream")
+        }
     }
 }
 

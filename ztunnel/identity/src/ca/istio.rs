@@ -47,7 +47,7 @@ pub trait Connect: Send + Sync + 'static {
     fn connect(&self) -> impl Future<Output = Result<Self::Channel, BoxError>> + Send;
 }
 
-/// A function that connects: `move || control_plane.connect()`.
+/// A function that connects.
 impl<F, Connecting, Channel> Connect for F
 where
     F: Fn() -> Connecting + Send + Sync + 'static,

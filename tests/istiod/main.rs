@@ -1,0 +1,8 @@
+//! Contract with a real istiod, unmodified: what it sends and signs, and what becomes of the mesh when it is in
+//! trouble. Run by `tests/run realmesh`, because Go builds it.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod faults;
+mod mesh;
+mod world;
