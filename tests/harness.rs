@@ -78,6 +78,15 @@ fn our_own_client_can_stand_in_for_curl() {
     let url = format!("http://{}/bytes/3", SocketAddr::new(world.server.v6(), 8080));
     let got = world.client.spawn(["http-get", &url]).unwrap().finish(SOON).unwrap();
     assert_eq!(got.ok().unwrap(), "xxx\n");
+    let other = url.replace("/3", "/5");
+    assert_eq!(world.client.fetch_all(&[&url, &other]).unwrap().ok().unwrap(), "xxx\nxxxxx\n");
+    let from = world.client.v6().to_string();
+    let got = world.client.spawn(["http-get-from", &from, &url.replace("/bytes/3", "/")]).unwrap();
+    let got = got.finish(SOON).unwrap().ok().unwrap();
+    assert!(got.contains(&format!(r#""client":"{from}""#)), "{got}");
+    // Nobody has that address here.
+    let got = world.client.spawn(["http-get-from", "fd00::1", &url]).unwrap();
+    assert!(!got.finish(SOON).unwrap().is_ok());
 }
 
 #[test]

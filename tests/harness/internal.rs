@@ -83,7 +83,8 @@ fn run(arguments: &[OsString]) -> Result<()> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match (name.to_str().unwrap_or_default(), words.as_slice()) {
         ("http-server", [name, addresses @ ..]) => programs::http::serve(name, addresses),
-        ("http-get", [url]) => programs::http::get(url),
+        ("http-get", urls) => programs::http::get(None, urls),
+        ("http-get-from", [from, urls @ ..]) => programs::http::get(Some(from.parse()?), urls),
         ("announced-server", addresses) => programs::announced::serve(addresses),
         ("tcp-server", addresses) => programs::tcp::serve(addresses),
         ("tcp", [address, what @ ..]) => programs::tcp::client(address, what),

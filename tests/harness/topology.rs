@@ -364,6 +364,15 @@ impl Node {
         self.zds().del(&pod.uid())
     }
 
+    /// Fetches a URL from this address of the node's, with curl or, where there is none, our own client.
+    pub fn fetch_from(&self, from: IpAddr, url: &str) -> Result<Finished> {
+        let (from, folder) = (from.to_string(), self.lab.root.join("programs"));
+        if crate::program::installed("curl").is_some() {
+            return self.run(["curl", "-gsS", "--max-time", "5", "--interface", &from, url]);
+        }
+        Start::ours(&self.machine.namespace, &folder, ["http-get-from", &from, url]).run(SOON)
+    }
+
     /// Runs a program on the node itself.
     pub fn run<S: AsRef<OsStr>>(&self, command: impl IntoIterator<Item = S>) -> Result<Finished> {
         Start::new(&self.machine.namespace, &self.lab.root.join("programs"), command).run(SOON)
@@ -469,6 +478,12 @@ impl Pod {
             return self.run(["curl"].iter().chain(&options).chain(&[url]));
         }
         Start::ours(&self.namespace, &self.folder, ["http-get", url]).run(SOON)
+    }
+
+    /// Fetches these, one after the other, on one connection, with our own client.
+    pub fn fetch_all(&self, urls: &[&str]) -> Result<Finished> {
+        let words = ["http-get"].iter().chain(urls);
+        Start::ours(&self.namespace, &self.folder, words).run(SOON)
     }
 
     /// Starts our HTTP server and our TCP server in it, on these ports of both families.

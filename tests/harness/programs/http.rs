@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{TcpStream, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs},
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 
 use super::{say, serve_all};
 
@@ -77,22 +78,42 @@ fn head(input: &mut impl BufRead) -> io::Result<Option<Head>> {
     Ok(Some((first, headers)))
 }
 
-/// Prints the body; fails on any status but 200.
-pub(crate) fn get(url: &str) -> Result<()> {
-    let rest = url.strip_prefix("http://").context("only http:// is spoken here")?;
-    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+/// Fetches these one after the other on one connection, from this address if one is given, and prints the bodies; fails
+/// on any status but 200.
+pub(crate) fn get(from: Option<IpAddr>, urls: &[&str]) -> Result<()> {
+    let parts = |url: &str| -> Result<(String, String)> {
+        let rest = url.strip_prefix("http://").context("only http:// is spoken here")?;
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        Ok((authority.to_owned(), path.to_owned()))
+    };
+    let (authority, _) = parts(urls.first().context("no URL")?)?;
+    let mut output = connect(&authority, from)?;
+    let mut input = BufReader::new(output.try_clone()?);
+    for url in urls {
+        let (other, path) = parts(url)?;
+        ensure!(other == authority, "{other} is not on the connection to {authority}");
+        write!(output, "GET /{path} HTTP/1.1\r\nhost: {authority}\r\n\r\n")?;
+        let (status, headers) = head(&mut input)?.context("closed without an answer")?;
+        let length = headers.get("content-length").and_then(|length| length.parse().ok());
+        let mut body = vec![0; length.context("an answer of unknown length")?];
+        input.read_exact(&mut body)?;
+        let body = String::from_utf8_lossy(&body);
+        if !status.starts_with("HTTP/1.1 200 ") {
+            bail!("{status}: {body}");
+        }
+        say(body.trim_end());
+    }
+    Ok(())
+}
+
+fn connect(authority: &str, from: Option<IpAddr>) -> Result<TcpStream> {
     let port = if authority.ends_with(']') || !authority.contains(':') { ":80" } else { "" };
     let address = format!("{authority}{port}").to_socket_addrs()?.next().context("no address")?;
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    write!(stream, "GET /{path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n")?;
-    let mut input = BufReader::new(stream);
-    let (status, _) = head(&mut input)?.context("closed without an answer")?;
-    let mut body = String::new();
-    input.read_to_string(&mut body)?;
-    if !status.starts_with("HTTP/1.1 200 ") {
-        bail!("{status}");
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if let Some(from) = from {
+        socket.bind(&SocketAddr::new(from, 0).into())?;
     }
-    say(body.trim_end());
-    Ok(())
+    socket.connect_timeout(&address.into(), Duration::from_secs(5))?;
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    Ok(socket.into())
 }

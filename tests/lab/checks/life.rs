@@ -7,6 +7,7 @@ use mesh_tests::{
     Pod, Program,
     capture::Capture,
     mesh::identity,
+    program::installed,
     wait::{self, SOON},
 };
 use serde_json::json;
@@ -84,7 +85,11 @@ fn leaks(world: &World) -> Result<String> {
     for ip in [VIP.0, VIP.1, world.v1.v4(), world.v1.v6()] {
         let port = if ip == VIP.0 || ip == VIP.1 { 80 } else { HTTP };
         let to = url(ip, port, &format!("/{MARKER}"));
-        tries.push(world.client.program(["curl", "-gsS", "--max-time", "2", &to]).spawn()?);
+        tries.push(if installed("curl").is_some() {
+            world.client.program(["curl", "-gsS", "--max-time", "2", &to]).spawn()?
+        } else {
+            world.client.spawn(["http-get", &to])?
+        });
     }
     let to = SocketAddr::new(world.v1.v4(), TCP).to_string();
     tries.push(world.client.spawn(["tcp", &to, "echo", MARKER])?);

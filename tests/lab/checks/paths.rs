@@ -62,10 +62,9 @@ pub(crate) fn check(world: &mut World, report: &mut Report) -> Result<()> {
     report.check("own-vip", || own_vip(world));
     report.check("itself", || itself(&world.v1));
     report.check("probe", || {
-        let source = PROBE.0.to_string();
         let to = url(world.v1.v4(), HTTP, "/");
-        let asked = world.b.run(["curl", "-gsS", "--max-time", "5", "--interface", &source, &to]);
-        let said = super::answer(asked?)?;
+        let said = super::answer(world.b.fetch_from(PROBE.0, &to)?)?;
+        let source = PROBE.0.to_string();
         ensure!(text(&said, "client") == source, "the probe came from {said}");
         Ok(format!("a probe from {source} reaches server-v1 past STRICT"))
     });
