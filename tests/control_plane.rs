@@ -5,7 +5,10 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Result;
-use mesh_proto::istio::workload::{Address, Workload, address::Type};
+use mesh_proto::istio::{
+    security::{Action, Authorization, Scope},
+    workload::{Address, Workload, address::Type},
+};
 use mesh_tests::{
     Program, Scene,
     ca::Authority,
@@ -235,6 +238,41 @@ fn a_bad_resource_costs_no_other_and_a_new_stream_claims_what_is_there() {
     world.control.fail(Fault::None);
     world.scene.b.with_proxy(|proxy| proxy.wait_policy("good", false)).unwrap();
     assert!(open.is_running(), "{}", open.output());
+}
+
+/// A policy that came and cannot be enforced denies at once, by name; what is open goes on.
+#[test]
+fn a_policy_that_is_not_understood_denies_at_once() {
+    let world = World::start(&[]);
+    world.works();
+    let mut open = world.open();
+    // Of the pods' namespace, and with an action that nobody knows.
+    let policy = Authorization {
+        name: "odd".to_owned(),
+        namespace: NAMESPACE.to_owned(),
+        scope: Scope::Namespace.into(),
+        action: 77,
+        ..Authorization::default()
+    };
+    let (name, mark) = (format!("{NAMESPACE}/odd"), world.control.mark());
+    world.control.push(Kind::Authorization, &[(&name, policy.encode_to_vec())]);
+    let refused = |seen: &Seen| seen.node == "b" && seen.complaint().starts_with(&name);
+    world.control.wait_seen("a refusal", mark, refused).unwrap();
+    let since = world.scene.b.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    world.scene.ask(&world.scene.client, web(80)[0]).unwrap_err();
+    let line = world.scene.b.with_proxy(|proxy| {
+        proxy.wait_access(since, "the denial", |line| line.field("error").contains(&name))
+    });
+    let line = line.unwrap();
+    let took: u64 = line.field("duration").strip_suffix("ms").unwrap().parse().unwrap();
+    assert!(took < 2_000, "it waited: {}", line.text);
+    let labels = [("policy", name.as_str()), ("reason", "rejected")];
+    assert!(world.metric("b", "istio_policy_unavailable_denials_total", &labels) > 0.5);
+    assert!(open.is_running(), "{}", open.output());
+    // Understood at last, it is as it says.
+    let policy = Authorization { action: Action::Deny.into(), ..policy };
+    world.control.push(Kind::Authorization, &[(&name, policy.encode_to_vec())]);
+    world.works();
 }
 
 #[test]

@@ -243,6 +243,32 @@ fn readiness_says_what_it_waits_for() {
     assert_eq!((answer.status, answer.body.as_str()), (200, "ready\n"));
 }
 
+/// A file that was good and is bad now changes nothing, and the log says where it is bad.
+#[test]
+fn a_bad_file_is_said_and_changes_nothing() {
+    let scene = Scene::start(&[]).unwrap();
+    once(&scene);
+    let good = fs::read_to_string(scene.lab.mesh_file()).unwrap();
+    let mark = scene.a.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+    let write = |text: &str| {
+        // Renamed into place, as files are that somebody reads.
+        let new = scene.lab.folder().join("mesh.new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, scene.lab.mesh_file()).unwrap();
+    };
+    write(&good.replace("HBONE", "SMOKE"));
+    let said = |line: &String| line.contains("protocol") && line.contains("line ");
+    wait::until("what is wrong", SOON, || {
+        scene.a.with_proxy(|proxy| Ok(proxy.log().since(mark).into_iter().find(said)))
+    })
+    .unwrap();
+    once(&scene);
+    // And a good one is taken again.
+    write(&good.replace("latest", "newest"));
+    let taken = |dump: &Value| dump["workloads"].to_string().contains("newest");
+    scene.a.with_proxy(|proxy| proxy.wait_dump("the good one", taken)).unwrap();
+}
+
 #[test]
 fn what_is_wrong_at_the_start_is_said_in_a_line() {
     let scene = Scene::bare().unwrap();

@@ -316,7 +316,7 @@ fn faults(dumps: &[Value; 2]) -> Vec<String> {
 }
 
 #[test]
-pub(crate) fn every_key_of_the_dump() {
+fn every_key_of_the_dump() {
     let mut world = World::start(&[]).unwrap();
     let allow = serde_json::json!([[[{ "destinationPorts": [TCP] }]]]);
     world.scene.mesh.policy("allow", "Allow", &allow);

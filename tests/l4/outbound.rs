@@ -1,13 +1,14 @@
 //! What tunnels are asked, and where plain connections go.
 
 use mesh_tests::{
+    Scene,
     hbone::Listener,
     mesh::hostname,
-    scene::HTTP,
+    scene::{HTTP, TCP},
     wait::{self, SOON},
 };
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use crate::start;
 
@@ -105,6 +106,105 @@ fn a_server_with_another_identity_is_not_talked_to() {
     assert_eq!(listener.seen().len(), 0);
 }
 
+/// By which endpoints a service answers, in many connections: what the control plane says of the service and of its
+/// endpoints decides.
+#[test]
+fn services_lead_where_they_should() {
+    let mut scene = start(&[]).unwrap();
+    // On the client's own node, and in its zone.
+    let near = scene.a.pod("near").unwrap();
+    scene.lab.settle(&[&near]).unwrap();
+    let _programs = near.serve(HTTP, TCP).unwrap();
+    let place = |zone: &str| json!({ "region": "r", "zone": zone });
+    scene.mesh.workload(&near, "near").set("locality", place("near"));
+    for (pod, zone) in [(&scene.client, "near"), (&scene.server, "far")] {
+        scene.mesh.workload_of(pod).unwrap().set("locality", place(zone));
+    }
+    let balance = |mode: &str, preferences: &[&str], health: &str| json!({ "mode": mode, "routingPreferences": preferences, "healthPolicy": health });
+    let healthy = "OnlyHealthy";
+    let (both, none): (&[_], &[&str]) = (&["near", "server"], &[]);
+    // A service, what is said of it, and who answers.
+    let cases = [
+        ("any", json!(null), both),
+        ("zone", balance("Failover", &["Network", "Region", "Zone"], healthy), &["near"]),
+        ("node", balance("Strict", &["Node"], healthy), &["near"]),
+        ("cluster", balance("Strict", &["Cluster"], healthy), both),
+        ("subzone", balance("Failover", &["Region", "Zone", "Subzone"], healthy), &["near"]),
+        ("unready", balance("Standard", none, "AllowAll"), both),
+    ];
+    let vip = |n: usize| SocketAddr::from(([10, 96, 1, u8::try_from(n).unwrap()], 80));
+    for (n, (name, balance, _)) in cases.iter().enumerate() {
+        let service =
+            scene.mesh.service(name, &[vip(n).ip()], &[(80, HTTP)], &[&near, &scene.server]);
+        service.set("loadBalancer", balance.clone());
+    }
+    scene.apply().unwrap();
+    crate::enrol(&scene.a, &near, "near").unwrap();
+    let answers = |scene: &Scene, n: usize| -> BTreeSet<String> {
+        scene.ask_until(&scene.client, vip(n)).unwrap();
+        let ask =
+            |_| scene.ask(&scene.client, vip(n)).unwrap()["name"].as_str().unwrap().to_owned();
+        (0..20).map(ask).collect()
+    };
+    for (n, (name, _, who)) in cases.iter().enumerate() {
+        assert_eq!(answers(&scene, n), who.iter().copied().map(str::to_owned).collect(), "{name}");
+    }
+    // The near one is not ready any more: the next rank serves, or nobody where the rank is strict.
+    scene.mesh.workload_of(&near).unwrap().set("status", json!("Unhealthy"));
+    scene.apply().unwrap();
+    let unhealthy = |dump: &Value| dump["workloads"].to_string().contains("Unhealthy");
+    scene.a.with_proxy(|proxy| proxy.wait_dump("it is not ready", unhealthy)).unwrap();
+    for (n, (name, ..)) in cases.iter().enumerate() {
+        match *name {
+            "node" => assert!(scene.ask(&scene.client, vip(n)).is_err(), "{name}"),
+            "unready" => assert_eq!(answers(&scene, n).len(), 2, "{name}"),
+            _ => assert_eq!(answers(&scene, n), ["server".to_owned()].into(), "{name}"),
+        }
+    }
+}
+
+/// A service that is another namespace's alone is a stranger's address, and one that is to be passed through is left
+/// alone; a port that an endpoint maps itself is that endpoint's, and one that nobody has is refused.
+#[test]
+fn what_a_service_hides_passes_through_and_maps() {
+    let mut scene = start(&[]).unwrap();
+    let (hidden, passed, mapped) = ("10.96.1.31", "10.96.1.32", "10.96.1.33");
+    let vip = |ip: &str| ip.parse().unwrap();
+    let server = &scene.server;
+    let hide = scene.mesh.service("hidden", &[vip(hidden)], &[(80, HTTP)], &[server]);
+    hide.set("namespace", json!("elsewhere")).set("visibility", json!("Namespace"));
+    let pass = scene.mesh.service("passed", &[vip(passed)], &[(80, HTTP)], &[server]);
+    pass.set("loadBalancer", json!({ "mode": "Passthrough", "routingPreferences": [] }));
+    scene.mesh.service("mapped", &[vip(mapped)], &[(80, HTTP)], &[server]).set(
+        // The endpoint says 8080 itself.
+        "ports",
+        json!({ "80": 1, "81": 0 }),
+    );
+    scene.apply().unwrap();
+    let there = |dump: &Value| dump["services"].to_string().contains("mapped.lab");
+    scene.a.with_proxy(|proxy| proxy.wait_dump("the services", there)).unwrap();
+    let at = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
+    scene.ask_until(&scene.client, at(mapped, 80)).unwrap();
+    for port in [81, 82] {
+        assert!(scene.ask(&scene.client, at(mapped, port)).is_err(), "{port}");
+        let to = at(mapped, port).to_string();
+        let refused = |line: &mesh_tests::log::Line| {
+            line.message == "connection failed" && line.field("dst.addr") == to
+        };
+        scene.a.with_proxy(|proxy| proxy.wait_access(0, &to, refused)).unwrap();
+    }
+    // Nobody has these addresses: that they were tried as they are is in the log.
+    for ip in [hidden, passed] {
+        let to = at(ip, 80);
+        let _nobody = scene.client.tcp(to, &["who"]).unwrap();
+        let tried = |line: &mesh_tests::log::Line| {
+            line.message == "connection complete" && line.field("dst.addr") == to.to_string()
+        };
+        let line = scene.a.with_proxy(|proxy| proxy.wait_access(0, ip, tried)).unwrap();
+        assert_eq!(line.field("dst.hbone_addr"), "", "{}", line.text);
+    }
+}
+
 #[test]
 fn what_is_not_in_the_mesh_is_reached_as_it_is() {
     let scene = start(&[]).unwrap();
@@ -141,6 +241,13 @@ fn a_service_without_endpoints_is_refused() {
         .with_proxy(|proxy| {
             let line = proxy.wait_access(0, "it", |line| line.message == "connection failed")?;
             assert!(line.field("error").contains("no healthy upstream"), "{}", line.text);
+            let labels = [("reporter", "source"), ("reason", "no_upstream")];
+            let metrics = proxy.metrics()?;
+            assert!(metrics.sum("istio_tcp_connections_refused_total", &labels) > 0.5);
+            for name in ["opened", "closed", "failed"] {
+                let name = format!("istio_tcp_connections_{name}_total");
+                assert_eq!(metrics.find(&name, &[("reporter", "source")]).count(), 0, "{name}");
+            }
             Ok(())
         })
         .unwrap();

@@ -84,6 +84,11 @@ fn a_policy_that_has_not_come_denies_after_a_while() {
     assert!(scene.ask(&scene.client, web(80)[0]).is_err());
     let named = |line: &mesh_tests::log::Line| line.field("error").contains("lab/not-yet");
     scene.b.with_proxy(|proxy| proxy.wait_access(mark, "it", named)).unwrap();
+    let labels = [("policy", "lab/not-yet"), ("reason", "missing")];
+    let denied = |proxy: &mut mesh_tests::Proxy| {
+        Ok(proxy.metrics()?.sum("istio_policy_unavailable_denials_total", &labels))
+    };
+    assert!(scene.b.with_proxy(denied).unwrap() > 0.5);
     // It comes while a connection waits for it.
     let to = web(TCP)[0].to_string();
     let waiting = scene.client.spawn(["tcp", &to, "wait", "patience"]).unwrap();
@@ -92,6 +97,40 @@ fn a_policy_that_has_not_come_denies_after_a_while() {
     policy.set("scope", json!("WorkloadSelector"));
     scene.apply_policy("not-yet").unwrap();
     waiting.finish(SOON).unwrap().ok().unwrap();
+}
+
+/// A policy that was there before denies a workload's connections from when the workload names it.
+#[test]
+fn a_policy_that_comes_to_apply_closes_what_it_denies() {
+    let mut scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let rules = json!([[[{ "destinationPorts": [TCP] }]]]);
+    scene.mesh.policy("chosen", "Deny", &rules).set("scope", json!("WorkloadSelector"));
+    scene.apply_policy("chosen").unwrap();
+    let to = web(TCP)[0].to_string();
+    let mut open = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+    open.says("open", SOON).unwrap();
+    scene.mesh.select("chosen", NAMESPACE, &[&scene.server]);
+    scene.apply().unwrap();
+    open.says("closed", SOON).unwrap();
+}
+
+/// What istiod makes of a rule on HTTP alone, beside one on the namespace: it denies as its status says, without the
+/// HTTP part, and allows nothing.
+#[test]
+fn a_condition_that_says_nothing_denies_and_never_allows() {
+    let mut scene = start(&[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let rules = json!([[[{}], [{ "namespaces": [{ "Exact": NAMESPACE }] }]]]);
+    for action in ["Deny", "Allow"] {
+        scene.mesh.policy("http-only", action, &rules);
+        scene.apply_policy("http-only").unwrap();
+        assert!(scene.ask(&scene.client, web(80)[0]).is_err(), "{action}");
+        scene.mesh.remove_policy("http-only");
+        scene.apply().unwrap();
+        scene.b.with_proxy(|proxy| proxy.wait_policy("http-only", false)).unwrap();
+        scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    }
 }
 
 /// What a policy says of a connection is in the log, above all what one on trial would do.
