@@ -29,6 +29,8 @@ const TARGETS: &[Target] = &[
     Target { name: "baggage", check: mesh_hbone::fuzz::baggage, words: HEADERS },
     Target { name: "forwarded", check: mesh_hbone::fuzz::forwarded, words: HEADERS },
     Target { name: "trace_parent", check: mesh_hbone::fuzz::trace_parent, words: HEADERS },
+    Target { name: "http2_frames", check: mesh_hbone::fuzz::frames, words: FRAMES },
+    Target { name: "http2_headers", check: mesh_hbone::fuzz::headers, words: FIELDS },
     Target { name: "spiffe", check: spiffe, words: WORDS },
     Target {
         name: "zds",
@@ -53,6 +55,19 @@ const TARGETS: &[Target] = &[
 
 const HEADERS: &[&str] =
     &[",", "=", ";", "\"", "host=", "for=", "k8s.", "service.name", "[::1]:80", "00-"];
+
+/// A CONNECT, and heads of frames.
+const FRAMES: &[&str] = &[
+    "\u{0}\u{0}\u{d}\u{1}\u{4}\u{0}\u{0}\u{0}\u{1}\u{2}\u{7}CONNECT\u{1}\u{3}a:1",
+    "\u{0}\u{0}\u{4}\u{0}\u{8}\u{0}\u{0}\u{0}\u{1}",
+    "\u{0}\u{0}\u{4}\u{3}\u{0}\u{0}\u{0}\u{0}\u{1}",
+    "\u{0}\u{0}\u{6}\u{4}\u{0}\u{0}\u{0}\u{0}\u{0}",
+    "\u{0}\u{0}\u{4}\u{8}\u{0}\u{0}\u{0}\u{0}\u{1}",
+    "\u{0}\u{0}\u{8}\u{6}\u{0}\u{0}\u{0}\u{0}\u{0}",
+];
+
+/// Beginnings of fields.
+const FIELDS: &[&str] = &[":authority", ":method", "CONNECT", "content-length", "\u{3f}", "\u{40}"];
 
 const WORDS: &[&str] = &["spiffe://", "/ns/", "/sa/", "cluster.local"];
 

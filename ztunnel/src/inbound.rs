@@ -232,14 +232,14 @@ impl Tunnel {
         incoming: Box<Incoming>,
         permit: Permit,
         target: &Target,
-    ) -> Result<Box<Both>, Failure> {
+    ) -> Result<Both, Failure> {
         match self.dial(target).await {
             Ok(up) => {
                 let told = self.pod.shared.config.response_baggage;
                 let head = ResponseHead { baggage: told.then(|| baggage(&self.workload)) };
                 let gone = |error| Failure::downstream(Reason::Reset, error);
                 let down = incoming.accept(&head).map_err(gone)?;
-                Ok(Box::new(Both { permit, down, up }))
+                Ok(Both { permit, down, up })
             }
             Err(failure) => {
                 incoming.refuse(failure.reason.report().status);
@@ -295,7 +295,7 @@ struct Ready {
     connection: Connection,
     watch: PolicyWatch,
     /// Both sides, until they are relayed.
-    ends: Result<Option<Box<Both>>, Failure>,
+    ends: Result<Option<Both>, Failure>,
     _listed: Listed,
 }
 
@@ -320,10 +320,10 @@ struct Both {
 
 impl Both {
     fn forward<'a>(
-        self: Box<Self>,
+        self,
         meter: &'a impl Meter,
     ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>> {
-        let Self { permit, down, up } = *self;
+        let Self { permit, down, up } = self;
         Box::pin(forward(permit, down, up, meter))
     }
 }

@@ -2,22 +2,24 @@
 
 use std::cell::RefCell;
 
-/// The size of a buffer, in bytes: eight full TLS records, so that one system call moves as many.
-pub(crate) const SIZE: usize = 8 * (16 * 1024 + 256);
+/// The size of a buffer, in bytes: 17 TLS records, however much they are expanded. What an application writes at a
+/// time is most often a power of two of up to 256 KiB, and with its frames goes into one system call, whole: eight
+/// records cut the usual 128 KiB into a full buffer and a rest of 72 bytes, with a packet and a wake-up for each.
+pub(crate) const SIZE: usize = 17 * (16 * 1024 + 256);
 
 /// Buffers that a thread keeps at hand.
-const KEPT: usize = 8;
+const KEPT: usize = 6;
 
 /// What the allocator keeps for its next use instead of giving it back to the kernel, in bytes.
 const RETAINED: usize = 2 * 1024 * 1024;
 
 /// Teaches the allocator, once, that big buffers come and go.
 ///
-/// The engine allocates a buffer of the size of a frame for every frame. glibc maps what is larger than its
-/// threshold (128 KiB at first) and unmaps it when it is freed, and gives the top of its heap back from
-/// twice that: every frame is then paid for in page faults, a fifth of the processor time of bulk. Freeing one
+/// glibc maps what is larger than its threshold (128 KiB at first) and unmaps it when it is freed, and gives
+/// the top of its heap back from twice that: every buffer beyond those that a thread keeps is then paid for in page
+/// faults, a fifth of the processor time of bulk. Freeing one
 /// mapped block raises both thresholds to its size.
-pub(crate) fn prepare() {
+fn prepare() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(RETAINED))));
 }
@@ -33,7 +35,10 @@ pub(crate) struct Buffer(Option<Box<[u8]>>);
 impl Buffer {
     pub(crate) fn borrow() -> Self {
         let spare = SPARE.with_borrow_mut(Vec::pop);
-        Self(Some(spare.unwrap_or_else(|| vec![0; SIZE].into())))
+        Self(Some(spare.unwrap_or_else(|| {
+            prepare();
+            vec![0; SIZE].into()
+        })))
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {

@@ -1,6 +1,6 @@
 //! Invariants of the parsers of what peers send. Plain functions: the tests drive them.
 
-use crate::{Authority, Baggage, Forwarded, TraceParent};
+use crate::{Authority, Baggage, Forwarded, TraceParent, engine};
 
 /// What parses as an authority prints as one that parses to the same.
 ///
@@ -53,4 +53,18 @@ pub fn trace_parent(bytes: &[u8]) {
     if let Some(parsed) = TraceParent::parse(bytes) {
         assert_eq!(parsed.to_string().as_bytes(), bytes);
     }
+}
+
+/// Frames of a client, whatever they are, end in an error or in none, and leave the windows within bounds.
+///
+/// # Panics
+///
+/// Panics where that does not hold.
+pub fn frames(bytes: &[u8]) {
+    engine::fuzz(bytes);
+}
+
+/// A block of headers, whatever it is, is read or not.
+pub fn headers(bytes: &[u8]) {
+    engine::fuzz_headers(bytes);
 }

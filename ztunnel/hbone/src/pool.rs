@@ -6,7 +6,7 @@
 
 use crate::{
     HandshakeError, Settings, Stream,
-    engine::{self, Raw, Requests, keep_alive},
+    engine::{self, Requests, keep_alive},
     error::{NoRoom, Unanswered},
     request::{Refused, ResponseHead, TunnelRequest},
     stream::Counted,
@@ -173,7 +173,7 @@ struct Tunnel {
 impl Tunnel {
     /// How many streams the peer takes. Before it has said so, what we want.
     fn limit(&self) -> usize {
-        self.requests.current_max_send_streams()
+        self.requests.most()
     }
 
     /// Whether streams wait in the tunnel, which the peer does not take.
@@ -226,7 +226,7 @@ impl Slot {
     /// Why there may not be another tunnel: there are many, or the peer takes no streams.
     fn full(&self, settings: &Settings) -> Option<NoRoom> {
         let mut tunnels = lock(&self.tunnels);
-        tunnels.retain(|tunnel| tunnel.limit() > 0 || !engine::is_leaving(&tunnel.requests));
+        tunnels.retain(|tunnel| tunnel.limit() > 0 || !tunnel.requests.is_leaving());
         if tunnels.iter().any(|tunnel| tunnel.limit() == 0) {
             return Some(NoRoom::Few(0, settings.pool_patience));
         }
@@ -399,16 +399,9 @@ impl Pool {
         request: &TunnelRequest,
         count: Counted,
     ) -> Result<Result<Opened, Failure>, Untaken> {
-        let head = match request.to_http() {
-            Ok(head) => head,
-            Err(error) => return Ok(Err(Failure::local_because(Reason::Malformed, error))),
-        };
         let dead = |error| Untaken::dead(engine::failed(error));
-        let mut requests = tunnel.requests.clone().ready().await.map_err(dead)?;
-        let (answer, send) = requests.send_request(head, false).map_err(dead)?;
-        drop(requests);
-        let mut pending = Pending(Some(send));
-        let response = match self.answered(tunnel, answer).await? {
+        let mut asked = tunnel.requests.send(request.to_http()).map_err(dead)?;
+        let response = match self.answered(tunnel, &mut asked).await? {
             Some(Ok(response)) => response,
             Some(Err(error)) if engine::was_not_processed(&error) => return Err(dead(error)),
             Some(Err(error)) => {
@@ -419,15 +412,14 @@ impl Pool {
                 return Ok(Err(Failure::upstream(Reason::Connect, waited)));
             }
         };
-        if response.status() != StatusCode::OK {
-            return Ok(Err(Failure::upstream(Reason::Refused, Refused(response.status()))));
+        if response.status != StatusCode::OK {
+            return Ok(Err(Failure::upstream(Reason::Refused, Refused(response.status))));
         }
-        let (parts, recv) = response.into_parts();
-        let head = ResponseHead::from_http(&parts.headers);
-        let Some(send) = pending.0.take() else {
+        let head = ResponseHead::from_http(&response.headers);
+        let Some(raw) = asked.into_stream() else {
             return Ok(Err(Failure::local(Reason::Reset)));
         };
-        let stream = Stream::new(Raw::new(send, recv), Some(count));
+        let stream = Stream::new(raw, Some(count));
         let certificates = Arc::clone(&tunnel.certificates);
         Ok(Ok(Opened { stream, head, certificates, ended: tunnel.ended.clone() }))
     }
@@ -436,12 +428,12 @@ impl Pool {
     async fn answered(
         &self,
         tunnel: &Tunnel,
-        mut answer: engine::Answer,
-    ) -> Result<Option<engine::Answered>, Untaken> {
+        asked: &mut engine::Asked,
+    ) -> Result<Option<Result<engine::Response, engine::Error>>, Untaken> {
         let patience = self.settings.pool_patience;
         let began = Instant::now();
         for nth in 1..=ANSWER {
-            match timeout_at(began + patience * nth, &mut answer).await {
+            match timeout_at(began + patience * nth, &mut *asked).await {
                 Ok(answered) => return Ok(Some(answered)),
                 Err(_) if tunnel.is_over() => {
                     let failure =
@@ -474,9 +466,7 @@ impl Pool {
             }
         };
         let certificates: Arc<[_]> = io.peer_certificates().into();
-        let (requests, connection) = Box::pin(engine::connect(io, &self.settings))
-            .await
-            .map_err(|error| Failure::upstream(Reason::Http2, error))?;
+        let (requests, connection) = engine::connect(io, &self.settings);
         let tunnel = Tunnel {
             requests,
             streams: Arc::default(),
@@ -501,17 +491,6 @@ impl Pool {
     }
 }
 
-/// A request that nobody waits for any more is cancelled.
-struct Pending(Option<engine::Send>);
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        if let Some(send) = &mut self.0 {
-            engine::cancel(send);
-        }
-    }
-}
-
 /// A tunnel, as its own task sees it. It holds nothing that would keep the tunnel open.
 struct Watched {
     key: PoolKey,
@@ -531,8 +510,8 @@ impl Watched {
         mut ending: Ending,
         draining: Draining,
     ) {
-        let pings = connection.ping_pong();
-        let alive = keep_alive(pings, self.settings.ping_interval, self.settings.ping_timeout);
+        let shared = Arc::clone(connection.shared());
+        let alive = keep_alive(shared, self.settings.ping_interval, self.settings.ping_timeout);
         {
             let mut idle = std::pin::pin!(self.idle(&draining));
             let mut alive = std::pin::pin!(alive);

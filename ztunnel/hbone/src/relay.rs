@@ -68,10 +68,7 @@ impl Direction {
         for _ in 0..TURN {
             match sink.poll_flush(cx) {
                 Poll::Ready(flushed) => flushed.map_err(|error| (At::Sink, error))?,
-                Poll::Pending => {
-                    source.gather(cx).map_err(|error| (At::Source, error))?;
-                    return Poll::Pending;
-                }
+                Poll::Pending => return Poll::Pending,
             }
             if self.given > 0 {
                 source.release(self.given);

@@ -1,9 +1,8 @@
 //! A CONNECT and its answer, apart from how HTTP/2 frames them.
 
+use crate::engine::{Request, Response};
 use crate::{Authority, Baggage, Forwarded, InvalidAuthority, TraceParent};
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
-};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use mesh_core::NetworkId;
 use std::{error::Error, fmt};
 
@@ -76,32 +75,27 @@ impl TunnelRequest {
         }
     }
 
-    pub(crate) fn to_http(&self) -> Result<Request<()>, http::Error> {
-        let mut request = Request::new(());
-        *request.method_mut() = Method::CONNECT;
-        *request.version_mut() = Version::HTTP_2;
-        *request.uri_mut() = Uri::builder().authority(self.authority.to_string()).build()?;
-        let headers = request.headers_mut();
+    pub(crate) fn to_http(&self) -> Request {
+        let mut headers = HeaderMap::new();
         if let Some(baggage) = &self.baggage {
-            put(headers, BAGGAGE, &baggage.to_string());
+            put(&mut headers, BAGGAGE, &baggage.to_string());
         }
-        put(headers, FORWARDED, &self.forwarded.to_string());
-        put(headers, TRACEPARENT, &self.trace.to_string());
+        put(&mut headers, FORWARDED, &self.forwarded.to_string());
+        put(&mut headers, TRACEPARENT, &self.trace.to_string());
         if let Some(network) = &self.forwarded_network {
-            put(headers, FORWARDED_NETWORK, network.as_str());
+            put(&mut headers, FORWARDED_NETWORK, network.as_str());
         }
-        Ok(request)
+        Request { method: Method::CONNECT, authority: self.authority.to_string(), headers }
     }
 
-    pub(crate) fn from_http<T>(request: &Request<T>) -> Result<Self, BadRequest> {
-        if request.method() != Method::CONNECT {
-            return Err(BadRequest::Method(request.method().clone()));
+    pub(crate) fn from_http(request: &Request) -> Result<Self, BadRequest> {
+        if request.method != Method::CONNECT {
+            return Err(BadRequest::Method(request.method.clone()));
         }
-        let headers = request.headers();
+        let headers = &request.headers;
         let one = |name: HeaderName| headers.get(name).map(HeaderValue::as_bytes);
-        let authority = request.uri().authority().map_or("", |authority| authority.as_str());
         Ok(Self {
-            authority: authority.parse().map_err(BadRequest::Authority)?,
+            authority: request.authority.parse().map_err(BadRequest::Authority)?,
             baggage: Baggage::parse(headers.get_all(BAGGAGE).iter().map(HeaderValue::as_bytes)),
             forwarded: one(FORWARDED).map(Forwarded::parse).unwrap_or_default(),
             trace: one(TRACEPARENT)
@@ -114,12 +108,12 @@ impl TunnelRequest {
 }
 
 impl ResponseHead {
-    pub(crate) fn to_http(&self) -> Response<()> {
-        let mut response = Response::new(());
+    pub(crate) fn to_http(&self) -> Response {
+        let mut headers = HeaderMap::new();
         if let Some(baggage) = &self.baggage {
-            put(response.headers_mut(), BAGGAGE, &baggage.to_string());
+            put(&mut headers, BAGGAGE, &baggage.to_string());
         }
-        response
+        Response { status: StatusCode::OK, headers }
     }
 
     pub(crate) fn from_http(headers: &HeaderMap) -> Self {

@@ -2,15 +2,15 @@
 
 use crate::{
     Settings, Stream,
-    engine::{self, Raw, Responder, keep_alive},
+    engine::{self, Raw, Response, keep_alive},
     error::{Dead, Http2Error},
     request::{BadRequest, ResponseHead, TunnelRequest},
     tls::{HANDSHAKE_TIMEOUT, TlsStream},
 };
-use http::{Response, StatusCode};
+use http::{HeaderMap, StatusCode};
 use mesh_core::{Failure, Reason};
 use rustls::{ServerConfig, pki_types::CertificateDer};
-use std::{fmt, net::TcpStream, pin::Pin, sync::Arc};
+use std::{fmt, future::poll_fn, net::TcpStream, pin::Pin, sync::Arc};
 use tokio::time::timeout;
 
 /// A tunnel that came to us. It moves only while somebody waits for its next stream.
@@ -42,12 +42,12 @@ pub async fn handshake(
     let io = TlsStream::accept(io, tls).await.map_err(crate::HandshakeError::downstream)?;
     let certificates = io.peer_certificates().to_vec();
     // Who shakes hands and then says nothing is not waited for either.
-    let mut inner = timeout(HANDSHAKE_TIMEOUT, Box::pin(engine::accept(io, settings)))
+    let inner = timeout(HANDSHAKE_TIMEOUT, Box::pin(engine::accept(io, settings)))
         .await
         .map_err(|_elapsed| crate::HandshakeError::Late.downstream())?
         .map_err(|error| Failure::downstream(Reason::Http2, error))?;
-    let pings = inner.ping_pong();
-    let alive = keep_alive(pings, settings.ping_interval, settings.ping_timeout);
+    let alive =
+        keep_alive(Arc::clone(inner.shared()), settings.ping_interval, settings.ping_timeout);
     Ok(Connection { inner: Box::new(inner), certificates, alive: Box::pin(alive) })
 }
 
@@ -69,19 +69,14 @@ impl Connection {
     /// Cancel safe: no stream is lost.
     pub async fn next(&mut self) -> Option<Result<Incoming, Failure>> {
         tokio::select! {
-            accepted = self.inner.accept() => {
-                Some(match accepted? {
-                    Ok((request, responder)) => {
-                        let head = TunnelRequest::from_http(&request);
-                        Ok(Incoming { request: head, body: request.into_body(), responder })
-                    }
-                    Err(error) => {
-                        Err(Failure::downstream(Reason::Http2, engine::failed(error)))
-                    }
-                })
-            }
+            next = poll_fn(|cx| self.inner.poll_next(cx)) => Some(match next? {
+                Ok((head, raw)) => {
+                    Ok(Incoming { request: TunnelRequest::from_http(&head), raw: Some(raw) })
+                }
+                Err(error) => Err(Failure::downstream(Reason::Http2, engine::failed(error))),
+            }),
             dead = &mut self.alive => {
-                self.inner.abrupt_shutdown(engine::NO_ERROR);
+                self.inner.end();
                 self.alive = Box::pin(std::future::pending());
                 Some(Err(Failure::downstream(Reason::Http2, dead)))
             }
@@ -90,12 +85,12 @@ impl Connection {
 
     /// Takes no more streams, and ends once those that live are over.
     pub fn shutdown_gracefully(&mut self) {
-        self.inner.graceful_shutdown();
+        self.inner.leave();
     }
 
     /// Ends at once.
     pub fn shutdown_now(&mut self) {
-        self.inner.abrupt_shutdown(engine::NO_ERROR);
+        self.inner.end();
     }
 }
 
@@ -103,8 +98,7 @@ impl Connection {
 pub struct Incoming {
     /// What it asks for.
     pub request: Result<TunnelRequest, BadRequest>,
-    body: engine::Body,
-    responder: Responder,
+    raw: Option<Raw>,
 }
 
 impl fmt::Debug for Incoming {
@@ -120,16 +114,27 @@ impl Incoming {
     ///
     /// Returns an error where the stream is gone.
     pub fn accept(mut self, head: &ResponseHead) -> Result<Stream, Http2Error> {
-        let send = self.responder.send_response(head.to_http(), false).map_err(engine::failed)?;
-        Ok(Stream::new(Raw::new(send, self.body), None))
+        let raw = self.raw.take().ok_or_else(|| engine::failed(engine::Error::Closed))?;
+        match raw.respond(&head.to_http(), false) {
+            Ok(()) => Ok(Stream::new(raw, None)),
+            Err(error) => Err(engine::failed(error)),
+        }
     }
 
     /// Answers with another status than 200, and ends the stream.
     pub fn refuse(mut self, status: u16) {
-        let mut response = Response::new(());
-        *response.status_mut() =
-            StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-        // Fails where the stream is gone, and then nobody waits for the answer.
-        let _gone = self.responder.send_response(response, true);
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+        if let Some(raw) = self.raw.take() {
+            // Fails where the stream is gone, and then nobody waits for the answer.
+            let _gone = raw.respond(&Response { status, headers: HeaderMap::new() }, true);
+        }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(raw) = &self.raw {
+            raw.reset();
+        }
     }
 }

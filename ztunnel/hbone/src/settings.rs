@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-/// How tunnels are set up. The defaults bound what a stalled reader can make us hold: a stream's window,
-/// one frame, and no more; a connection's window holds 64 streams that are stalled like that before a
-/// further one is slowed.
+/// How tunnels are set up. The defaults bound what a stalled reader can make us hold: a stream's window and two
+/// buffers; a connection's window holds 64 streams that are stalled like that before a further one is slowed.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Settings {
     /// The receive window of a stream, in bytes. Istio's default is 4 MiB. Default 1 MiB.
@@ -12,8 +11,8 @@ pub struct Settings {
     /// The receive window of a connection, in bytes. Istio's default is 16 MiB, which four stalled streams
     /// fill. Default 64 MiB.
     pub connection_window: u32,
-    /// The largest frame to be received, in bytes. A frame is held whole before any of it is passed on.
-    /// Istio's default is 1 MiB. Default 128 KiB.
+    /// The largest frame to be received, in bytes. Data is passed on as it arrives, and never held for the rest of its
+    /// frame. Istio's default is 1 MiB. Default 128 KiB.
     pub frame_size: u32,
     /// What is held for sending on a stream, in bytes. Default 256 KiB.
     pub send_buffer: usize,

@@ -1,27 +1,21 @@
 //! The two kinds of end that a relay connects: a stream in a tunnel, and a TCP connection.
 
-mod received;
-
-use self::received::Received;
-use crate::{buffers::Buffer, engine::Raw};
-use bytes::Bytes;
+use crate::{
+    buffers::Buffer,
+    engine::{Got, Raw},
+    parcel::{Chunk, MOST_PAYLOAD, PAYLOAD, Payload, SLICES},
+};
+use nix::sys::uio::readv;
 use std::{
     fmt, io,
     io::IoSlice,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
 };
-use tokio::{
-    io::{AsyncRead as _, ReadBuf},
-    net::TcpStream,
-};
-
-/// What a relay takes at a time, in bytes: the payload of a frame of the default size.
-pub(crate) const CHUNK: usize = 128 * 1024;
+use tokio::{io::Interest, net::TcpStream};
 
 /// Reads shorter than this are copied out of their buffer, so that few bytes never hold a big one.
 const SMALL: usize = 16 * 1024;
@@ -54,17 +48,7 @@ pub trait Duplex: Send {
     /// # Errors
     ///
     /// Returns an error where the other side does not listen any more.
-    fn give(&mut self, chunk: Bytes) -> io::Result<()>;
-
-    /// The other end takes nothing for now: what small pieces there are to take may be put together, so that
-    /// they are held as what they are. The other side may still send no more than before.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error where the other side cut its stream off.
-    fn gather(&mut self, _: &mut Context<'_>) -> io::Result<()> {
-        Ok(())
-    }
+    fn give(&mut self, chunk: Chunk) -> io::Result<()>;
 
     /// Waits until what was given has been passed on.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
@@ -92,7 +76,7 @@ pub trait Duplex: Send {
 #[derive(Debug)]
 pub enum Taken {
     /// Bytes.
-    Chunk(Bytes),
+    Chunk(Chunk),
     /// Nothing after all.
     Nothing,
     /// The end.
@@ -102,7 +86,6 @@ pub enum Taken {
 /// A stream in a tunnel.
 pub struct Stream {
     raw: Raw,
-    received: Received,
     ended: bool,
     finished: bool,
     /// Counts the stream among those of its tunnel.
@@ -133,8 +116,8 @@ impl fmt::Debug for Stream {
 }
 
 impl Stream {
-    pub(crate) fn new(raw: Raw, count: Option<Counted>) -> Self {
-        Self { raw, received: Received::new(), ended: false, finished: false, _count: count }
+    pub(crate) const fn new(raw: Raw, count: Option<Counted>) -> Self {
+        Self { raw, ended: false, finished: false, _count: count }
     }
 }
 
@@ -149,42 +132,21 @@ impl Drop for Stream {
 
 impl Duplex for Stream {
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.received.is_empty() && !self.ended {
-            match ready!(self.raw.poll_data(cx))? {
-                Some(data) => self.received.put(data),
-                None => self.ended = true,
-            }
+        if self.ended {
+            return Poll::Ready(Ok(()));
         }
-        Poll::Ready(Ok(()))
+        self.raw.poll_readable(cx).map(Ok)
     }
 
-    fn take(&mut self, cx: &mut Context<'_>, room: usize) -> io::Result<Taken> {
-        // Small pieces in a row go in one write. An error shows again, once these are taken.
-        while self.received.is_small() && !self.ended {
-            match self.raw.poll_data(cx) {
-                Poll::Ready(Ok(Some(data))) => self.received.put(data),
-                Poll::Ready(Ok(None)) => self.ended = true,
-                Poll::Ready(Err(_)) | Poll::Pending => break,
+    fn take(&mut self, _: &mut Context<'_>, room: usize) -> io::Result<Taken> {
+        Ok(match self.raw.take(room)? {
+            Got::Chunk(chunk) => Taken::Chunk(chunk),
+            Got::Nothing => Taken::Nothing,
+            Got::End => {
+                self.ended = true;
+                Taken::End
             }
-        }
-        Ok(match self.received.take(room) {
-            Some(chunk) if chunk.is_empty() => Taken::Nothing,
-            Some(chunk) => Taken::Chunk(chunk),
-            None if self.ended => Taken::End,
-            None => Taken::Nothing,
         })
-    }
-
-    fn gather(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        while !self.ended {
-            match self.raw.poll_data(cx) {
-                Poll::Ready(Ok(Some(data))) => self.received.put(data),
-                Poll::Ready(Ok(None)) => self.ended = true,
-                Poll::Ready(Err(error)) => return Err(error),
-                Poll::Pending => break,
-            }
-        }
-        Ok(())
     }
 
     fn release(&mut self, bytes: usize) {
@@ -192,15 +154,15 @@ impl Duplex for Stream {
     }
 
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        self.raw.poll_room(cx, CHUNK)
+        self.raw.poll_room(cx)
     }
 
     fn keep_no_room(&mut self) {
         self.raw.keep_no_room();
     }
 
-    fn give(&mut self, chunk: Bytes) -> io::Result<()> {
-        self.raw.send(chunk, false)
+    fn give(&mut self, chunk: Chunk) -> io::Result<()> {
+        self.raw.give(chunk)
     }
 
     fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -210,7 +172,7 @@ impl Duplex for Stream {
 
     fn finish(&mut self) -> io::Result<()> {
         self.finished = true;
-        self.raw.send(Bytes::new(), true)
+        self.raw.finish()
     }
 
     fn reset(&mut self) {
@@ -222,7 +184,7 @@ impl Duplex for Stream {
         if self.finished {
             return Poll::Pending;
         }
-        self.raw.poll_reset(cx)
+        self.raw.poll_cut(cx)
     }
 }
 
@@ -230,8 +192,10 @@ impl Duplex for Stream {
 #[derive(Debug)]
 pub struct Tcp {
     io: TcpStream,
-    unsent: Option<Bytes>,
+    unsent: Option<Chunk>,
     finished: bool,
+    /// The last read filled all that it was given: the next one is given more.
+    bulk: bool,
 }
 
 impl Tcp {
@@ -256,7 +220,7 @@ impl Tcp {
 
 impl From<TcpStream> for Tcp {
     fn from(io: TcpStream) -> Self {
-        Self { io, unsent: None, finished: false }
+        Self { io, unsent: None, finished: false, bulk: false }
     }
 }
 
@@ -265,24 +229,31 @@ impl Duplex for Tcp {
         self.io.poll_read_ready(cx)
     }
 
-    fn take(&mut self, cx: &mut Context<'_>, room: usize) -> io::Result<Taken> {
-        let mut buffer = Buffer::borrow();
-        let room = buffer.bytes_mut().get_mut(..room.min(CHUNK)).unwrap_or_default();
-        let mut room = ReadBuf::new(room);
-        // Not `try_read`: this one knows that a read that leaves room has emptied the socket, and the next look
-        // at it needs no system call.
-        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, &mut room) else {
-            return Ok(Taken::Nothing);
+    fn take(&mut self, _: &mut Context<'_>, room: usize) -> io::Result<Taken> {
+        let most = if self.bulk { MOST_PAYLOAD } else { PAYLOAD };
+        let room = room.min(most);
+        let mut payload = None;
+        let read = self.io.try_io(Interest::READABLE, || {
+            let read = Payload::read(Buffer::borrow(), room, |places| {
+                readv(&self.io, places).map_err(io::Error::from)
+            })?;
+            let emptied = read.len() < room && read.len() > 0;
+            payload = Some(read);
+            // A read that leaves room has emptied the socket: the next look at it needs no system call.
+            if emptied { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        let Some(payload) = payload else {
+            return match read {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                Ok(()) | Err(_) => Ok(Taken::Nothing),
+            };
         };
-        read?;
-        match room.filled() {
-            [] => Ok(Taken::End),
-            few if few.len() < SMALL => Ok(Taken::Chunk(Bytes::copy_from_slice(few))),
-            many => {
-                let count = many.len();
-                Ok(Taken::Chunk(Bytes::from_owner(buffer).slice(..count)))
-            }
-        }
+        self.bulk = payload.len() == room;
+        Ok(match payload.len() {
+            0 => Taken::End,
+            few if few < SMALL => Taken::Chunk(Chunk::from(payload).into_bytes().into()),
+            _ => Taken::Chunk(payload.into()),
+        })
     }
 
     fn release(&mut self, _: usize) {}
@@ -294,18 +265,18 @@ impl Duplex for Tcp {
 
     fn keep_no_room(&mut self) {}
 
-    fn give(&mut self, chunk: Bytes) -> io::Result<()> {
+    fn give(&mut self, chunk: Chunk) -> io::Result<()> {
         self.unsent = Some(chunk);
         Ok(())
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while let Some(chunk) = &mut self.unsent {
-            match self.io.try_write_vectored(&[IoSlice::new(chunk)]) {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let count = chunk.slices(&mut slices);
+            match self.io.try_write_vectored(slices.get(..count).unwrap_or_default()) {
                 Ok(count) if count == chunk.len() => self.unsent = None,
-                Ok(count) => {
-                    let _sent = chunk.split_to(count);
-                }
+                Ok(count) => chunk.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     ready!(self.io.poll_write_ready(cx))?;
                 }

@@ -6,12 +6,17 @@
 
 mod direct;
 mod error;
+#[cfg(test)]
+mod io_traits;
+mod plain;
 mod records;
-mod small;
 
 pub use self::error::HandshakeError;
-use self::{records::Records, small::Small};
-use crate::buffers::Buffer;
+use self::records::Records;
+use crate::{
+    buffers::Buffer,
+    parcel::{HEADER, RECORD, TAIL},
+};
 use rustls::{
     ClientConfig, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
@@ -25,14 +30,13 @@ use std::{
     fmt,
     io::{self, IoSlice},
     net::Ipv4Addr,
-    ops::Range,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead as _, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -40,11 +44,11 @@ use tokio::{
 /// How long a handshake may take. Istio's proxy waits for ever, and so do those who flood it.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The plaintext of a full record, in bytes.
-const RECORD: usize = 16 * 1024;
-
 /// What encryption adds to a record, at most: header, type, tag.
-const OVERHEAD: usize = 5 + 1 + 16;
+const OVERHEAD: usize = HEADER + TAIL;
+
+/// Buffers that one write takes.
+const AT_ONCE: usize = 4;
 
 /// What the session may put before our data unasked, in bytes: a `KeyUpdate` and alerts.
 const UNASKED: usize = 256;
@@ -60,26 +64,28 @@ enum Session {
 pub(crate) struct TlsStream {
     io: TcpStream,
     session: Session,
-    /// Received and not decrypted: `at..end` of the buffer.
+    /// Received and not decrypted: `at..end` of the buffer. What is before `at` is decrypted.
     incoming: Option<Buffer>,
     at: usize,
     end: usize,
-    /// Decrypted where it was received, and not taken; before `at`.
-    clear: Range<usize>,
-    /// Decrypted elsewhere, and not taken.
-    plain: VecDeque<Plain>,
-    /// Encrypted and not sent.
+    /// Decrypted by rustls, and not taken: the plaintext of a record each.
+    plain: VecDeque<Vec<u8>>,
+    /// The one of those that was taken last.
+    apart: Option<Vec<u8>>,
+    /// Encrypted, and being added to.
     outgoing: Option<Buffer>,
-    sent: usize,
     filled: usize,
+    /// Encrypted and not sent: buffers, and how far each is filled.
+    queue: VecDeque<(Buffer, usize)>,
+    /// What was sent of the first.
+    sent: usize,
+    /// What is wrong with a record behind data that is passed on first.
+    failed: Option<rustls::Error>,
     peer_closed: bool,
     close_sent: bool,
     certificates: Vec<CertificateDer<'static>>,
-}
-
-struct Plain {
-    bytes: Vec<u8>,
-    taken: usize,
+    #[cfg(test)]
+    unread: io_traits::Unread,
 }
 
 /// What became of one look at the session.
@@ -136,14 +142,18 @@ impl TlsStream {
             incoming: None,
             at: 0,
             end: 0,
-            clear: 0..0,
             plain: VecDeque::new(),
+            apart: None,
             outgoing: None,
-            sent: 0,
             filled: 0,
+            queue: VecDeque::new(),
+            sent: 0,
+            failed: None,
             peer_closed: false,
             close_sent: false,
             certificates: Vec::new(),
+            #[cfg(test)]
+            unread: io_traits::Unread::default(),
         };
         let shake = std::future::poll_fn(|cx| this.poll_shake(cx));
         match timeout(HANDSHAKE_TIMEOUT, shake).await {
@@ -155,7 +165,7 @@ impl TlsStream {
 
     fn poll_shake(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HandshakeError>> {
         loop {
-            match self.step(None) {
+            match self.step() {
                 // Data may come with the last flight of the peer's handshake.
                 Ok(Step::Again | Step::Plain) => {}
                 Ok(Step::Open) => {
@@ -190,15 +200,12 @@ impl TlsStream {
         if !matches!(error, rustls::Error::AlertReceived(_)) {
             self.alert_direct(records::alert_of(error));
         }
-        while let Ok(Step::Again) = self.step(None) {}
+        while let Ok(Step::Again) = self.step() {}
         let _best_effort = self.poll_send(cx);
     }
 
-    /// Has the session look at what was received; plaintext goes to `into` as far as it fits.
-    fn step(&mut self, into: Option<&mut ReadBuf<'_>>) -> Result<Step, rustls::Error> {
-        if let Session::Direct(_) = self.session {
-            return self.step_direct();
-        }
+    /// Has the session look at what was received.
+    fn step(&mut self) -> Result<Step, rustls::Error> {
         let Self { session, incoming, at, end, plain, outgoing, filled, .. } = self;
         let received = incoming
             .as_mut()
@@ -208,13 +215,11 @@ impl TlsStream {
             Session::Direct(_) => (0, Ok(Step::Blocked)),
             Session::Client(session) => {
                 let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
-                let taken = Taken { into, plain };
-                (discard, state.and_then(|state| take(state, taken, outgoing, filled)))
+                (discard, state.and_then(|state| take(state, plain, outgoing, filled)))
             }
             Session::Server(session) => {
                 let UnbufferedStatus { discard, state, .. } = session.process_tls_records(received);
-                let taken = Taken { into, plain };
-                (discard, state.and_then(|state| take(state, taken, outgoing, filled)))
+                (discard, state.and_then(|state| take(state, plain, outgoing, filled)))
             }
         };
         *at += discard;
@@ -263,17 +268,19 @@ impl TlsStream {
     }
 
     /// Sends what is encrypted, all of it.
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while let Some(buffer) = &self.outgoing {
-            let rest = buffer.bytes().get(self.sent..self.filled).unwrap_or_default();
-            if rest.is_empty() {
-                self.outgoing = None;
-                (self.sent, self.filled) = (0, 0);
-                break;
+    pub(crate) fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.enqueue();
+        while !self.queue.is_empty() {
+            let mut slices = [IoSlice::new(&[]); AT_ONCE];
+            let mut skip = self.sent;
+            let mut count = 0;
+            for (slice, (buffer, filled)) in slices.iter_mut().zip(&self.queue) {
+                *slice = IoSlice::new(buffer.bytes().get(skip..*filled).unwrap_or_default());
+                (skip, count) = (0, count + 1);
             }
-            match self.io.try_write(rest) {
+            match self.io.try_write_vectored(slices.get(..count).unwrap_or_default()) {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Ok(count) => self.sent += count,
+                Ok(count) => self.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     ready!(self.io.poll_write_ready(cx))?;
                 }
@@ -281,6 +288,30 @@ impl TlsStream {
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// So many bytes were sent.
+    fn advance(&mut self, count: usize) {
+        self.sent += count;
+        while let Some((_, filled)) = self.queue.front()
+            && self.sent >= *filled
+        {
+            self.sent -= filled;
+            self.queue.pop_front();
+        }
+        if self.queue.is_empty() && self.queue.capacity() > AT_ONCE {
+            self.queue = VecDeque::new();
+        }
+    }
+
+    /// What is encrypted goes behind what waits to be sent.
+    fn enqueue(&mut self) {
+        if let Some(buffer) = self.outgoing.take()
+            && self.filled > 0
+        {
+            self.queue.push_back((buffer, self.filled));
+        }
+        self.filled = 0;
     }
 
     /// Room for plaintext in the outgoing buffer, in bytes.
@@ -348,8 +379,7 @@ impl TlsStream {
                         step = Step::Open;
                     }
                     state => {
-                        let taken = Taken { into: None, plain };
-                        step = take(state, taken, outgoing, filled).map_err(invalid)?;
+                        step = take(state, plain, outgoing, filled).map_err(invalid)?;
                     }
                 }
                 discard
@@ -390,40 +420,19 @@ impl Open<'_, '_> {
     }
 }
 
-/// Where plaintext goes.
-struct Taken<'a, 'b> {
-    into: Option<&'a mut ReadBuf<'b>>,
-    plain: &'a mut VecDeque<Plain>,
-}
-
-impl Taken<'_, '_> {
-    fn put(&mut self, data: &[u8]) {
-        let direct = match &mut self.into {
-            Some(into) if self.plain.is_empty() => {
-                let (now, _) = data.split_at(data.len().min(into.remaining()));
-                into.put_slice(now);
-                now.len()
-            }
-            Some(_) | None => 0,
-        };
-        let rest = data.get(direct..).unwrap_or_default();
-        if !rest.is_empty() {
-            self.plain.push_back(Plain { bytes: rest.to_vec(), taken: 0 });
-        }
-    }
-}
-
 /// Does what the session asks for.
 fn take<Data>(
     state: ConnectionState<'_, '_, Data>,
-    mut taken: Taken<'_, '_>,
+    plain: &mut VecDeque<Vec<u8>>,
     outgoing: &mut Option<Buffer>,
     filled: &mut usize,
 ) -> Result<Step, rustls::Error> {
     Ok(match state {
         ConnectionState::ReadTraffic(mut traffic) => {
             while let Some(Ok(record)) = traffic.next_record() {
-                taken.put(record.payload);
+                if !record.payload.is_empty() {
+                    plain.push_back(record.payload.to_vec());
+                }
             }
             Step::Plain
         }
@@ -450,138 +459,6 @@ fn take<Data>(
         // Early data is never offered nor taken.
         _ => Step::Blocked,
     })
-}
-
-impl AsyncRead for TlsStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        // The caller may have filled a part.
-        let before = into.filled().len();
-        loop {
-            while let Some(first) = this.plain.front_mut() {
-                let rest = first.bytes.get(first.taken..).unwrap_or_default();
-                let count = rest.len().min(into.remaining());
-                into.put_slice(rest.get(..count).unwrap_or_default());
-                first.taken += count;
-                if first.taken == first.bytes.len() {
-                    this.plain.pop_front();
-                }
-                if into.remaining() == 0 {
-                    return Poll::Ready(Ok(()));
-                }
-            }
-            this.take_clear(into);
-            if this.peer_closed {
-                return Poll::Ready(Ok(()));
-            }
-            if into.remaining() == 0 {
-                return Poll::Ready(Ok(()));
-            }
-            match this.step(Some(into)) {
-                Ok(Step::Again | Step::Plain) => continue,
-                Ok(Step::PeerClosed) => {
-                    this.peer_closed = true;
-                    continue;
-                }
-                Ok(Step::Blocked | Step::Open) => {}
-                Err(error) => {
-                    this.send_alert(&error, cx);
-                    return Poll::Ready(Err(invalid(error)));
-                }
-            }
-            if into.filled().len() > before {
-                return Poll::Ready(Ok(()));
-            }
-            if !ready!(this.poll_receive(cx))? {
-                // Without close_notify this is a cut, and not an end.
-                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
-            }
-        }
-    }
-}
-
-impl AsyncWrite for TlsStream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_write_vectored(cx, &[IoSlice::new(data)])
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        if this.close_sent {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        if this.room() < RECORD {
-            ready!(this.poll_send(cx))?;
-        }
-        if let Session::Direct(_) = this.session {
-            return Poll::Ready(this.write_direct(slices));
-        }
-        let mut written = 0;
-        let mut slices = slices.iter().map(|slice| &**slice).filter(|slice| !slice.is_empty());
-        let mut rest: &[u8] = &[];
-        let mut small = Small::new();
-        loop {
-            if rest.is_empty() {
-                let Some(next) = slices.next() else { break };
-                rest = next;
-            }
-            let room = this.room().saturating_sub(small.len);
-            if room == 0 {
-                break;
-            }
-            // A frame's head would be a record of its own: it goes with what follows it.
-            if small.len > 0 || rest.len() < Small::LIMIT {
-                let (now, later) = rest.split_at(small.space().min(rest.len()).min(room));
-                small.put(now);
-                written += now.len();
-                rest = later;
-                if small.space() == 0 {
-                    this.encrypt(small.bytes())?;
-                    small.len = 0;
-                }
-            } else {
-                let (now, later) = rest.split_at(rest.len().min(room));
-                this.encrypt(now)?;
-                written += now.len();
-                rest = later;
-            }
-        }
-        if small.len > 0 {
-            this.encrypt(small.bytes())?;
-        }
-        Poll::Ready(Ok(written))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_send(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        ready!(this.poll_send(cx))?;
-        if !this.close_sent {
-            this.close_sent = true;
-            this.close_notify();
-            ready!(this.poll_send(cx))?;
-        }
-        Pin::new(&mut this.io).poll_shutdown(cx)
-    }
 }
 
 #[cfg(test)]

@@ -216,7 +216,7 @@ async fn a_drain_ends_idle_tunnels_and_lets_others_finish() {
     world.pod.stop();
     until(|| world.pool.is_empty()).await;
     within(poll_fn(|cx| far.poll_room(cx))).await.unwrap();
-    far.give(bytes::Bytes::from_static(b"late")).unwrap();
+    far.give(bytes::Bytes::from_static(b"late").into()).unwrap();
     assert!(matches!(next(&mut opened.stream).await, Ok(Taken::Chunk(chunk)) if chunk == "late"));
     drop(opened);
     assert!(next(&mut far).await.is_err(), "dropped before its end");
@@ -279,7 +279,7 @@ async fn a_client_that_is_dead_is_given_up() {
     let mut shake = Box::pin(server::handshake(far.into_std().unwrap(), tls, &settings));
     let asks = async {
         let tls = TlsStream::connect(near, Arc::clone(&configs().client)).await.unwrap();
-        Box::pin(engine::connect(tls, &settings)).await.unwrap()
+        engine::connect(tls, &settings)
     };
     // It moves until the server has its preface, and then no more.
     let (_requests, mut dead) = within(async {

@@ -5,7 +5,7 @@ mod pressure;
 
 use super::*;
 use crate::{
-    ResponseHead, Settings, Tcp, engine,
+    Settings, Tcp, engine,
     stream::Stream,
     testing::{Path, World, configs, dial, key, request, tcp, within},
     tls::TlsStream,
@@ -205,27 +205,26 @@ async fn heads_that_are_too_large_are_refused() {
 async fn who_has_heard_enough_has_not_cut_off() {
     let (near, far) = tcp().await;
     let settings = Settings::default();
+    // Another implementation, which says so by itself.
     let served = async {
-        let tls = TlsStream::accept(far, Arc::clone(&configs().server)).await.unwrap();
-        let mut connection = engine::accept(tls, &settings).await.unwrap();
+        let tls = tokio_rustls::TlsAcceptor::from(Arc::clone(&configs().server));
+        let tls = tls.accept(far).await.unwrap();
+        let mut connection = h2::server::handshake(tls).await.unwrap();
         let (request, mut responder) = connection.accept().await.unwrap().unwrap();
-        let mut send = responder.send_response(ResponseHead::default().to_http(), false).unwrap();
+        let mut send = responder.send_response(http::Response::new(()), false).unwrap();
         send.send_data(Bytes::from_static(b"all of it"), true).unwrap();
-        // Neither is read any more: the engine says so.
         drop((request, responder, send));
         while let Some(Ok(_)) = connection.accept().await {}
     };
     let asked = async {
         let tls = TlsStream::connect(near, Arc::clone(&configs().client)).await.unwrap();
-        let (requests, connection) = Box::pin(engine::connect(tls, &settings)).await.unwrap();
+        let (requests, connection) = engine::connect(tls, &settings);
         let (client, down) = tcp().await;
         let relayed = async move {
             let (mut client, mut text) = (client, Vec::new());
-            let mut requests = requests.ready().await.unwrap();
-            let (answer, send) =
-                requests.send_request(request().to_http().unwrap(), false).unwrap();
-            let recv = answer.await.unwrap().into_body();
-            let stream = Stream::new(engine::Raw::new(send, recv), None);
+            let mut asked = requests.send(request().to_http()).unwrap();
+            (&mut asked).await.unwrap();
+            let stream = Stream::new(asked.into_stream().unwrap(), None);
             let (outcome, ()) = tokio::join!(relay(Tcp::from(down), stream, &()), async {
                 client.read_to_end(&mut text).await.unwrap();
             });

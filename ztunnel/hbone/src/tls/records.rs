@@ -15,7 +15,7 @@ use rustls::{
     kernel::KernelConnection,
     server::{ServerConnectionData, UnbufferedServerConnection},
 };
-use std::{io::IoSlice, ops::Range};
+use std::ops::Range;
 
 /// The header of a record, in bytes: type, version, length.
 const HEADER: usize = 5;
@@ -27,7 +27,7 @@ const EXPANSION: usize = 256;
 /// Types of content.
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
-const DATA: u8 = 23;
+pub(super) const DATA: u8 = 23;
 
 /// Types of messages after the handshake.
 const NEW_SESSION_TICKET: u8 = 4;
@@ -153,33 +153,6 @@ impl Records {
         })
     }
 
-    /// Encrypts as much of the slices as fits, in full records, and says how much that was, and how long it is
-    /// now.
-    pub(super) fn seal(
-        &mut self,
-        slices: &[IoSlice<'_>],
-        out: &mut [u8],
-    ) -> Result<(usize, usize), Error> {
-        let mut filled = self.seal_update(out)?;
-        let mut rest: usize = slices.iter().map(|slice| slice.len()).sum();
-        let mut source = Source { slices, at: 0 };
-        let mut taken = 0;
-        while rest > 0 {
-            let room = out.len().saturating_sub(filled);
-            let count = rest.min(RECORD).min(room.saturating_sub(OVERHEAD));
-            let Some(record) = out.get_mut(filled..filled + count + OVERHEAD) else { break };
-            if count == 0 {
-                break;
-            }
-            source.fill(record.get_mut(HEADER..HEADER + count).unwrap_or_default());
-            self.seal_record(DATA, record)?;
-            filled += record.len();
-            taken += count;
-            rest -= count;
-        }
-        Ok((taken, filled))
-    }
-
     /// Encrypts an alert: its level, its description.
     pub(super) fn seal_alert(&mut self, alert: [u8; 2], out: &mut [u8]) -> Result<usize, Error> {
         self.seal_message(ALERT, &alert, out)
@@ -192,9 +165,14 @@ impl Records {
         Ok(record.len())
     }
 
+    /// Whether it is time to change our key.
+    pub(super) const fn wants_update(&self) -> bool {
+        self.update || self.send.sequence >= RECORDS_A_KEY
+    }
+
     /// Changes our key where it is time to.
-    fn seal_update(&mut self, out: &mut [u8]) -> Result<usize, Error> {
-        if !self.update && self.send.sequence < RECORDS_A_KEY {
+    pub(super) fn seal_update(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        if !self.wants_update() {
             return Ok(0);
         }
         // Its length, and that the peer need not change its own.
@@ -207,7 +185,7 @@ impl Records {
     }
 
     /// Encrypts a record, whose plaintext is in its place.
-    fn seal_record(&mut self, kind: u8, record: &mut [u8]) -> Result<(), Error> {
+    pub(super) fn seal_record(&mut self, kind: u8, record: &mut [u8]) -> Result<(), Error> {
         let length = u16::try_from(record.len() - HEADER).map_err(|_long| Error::EncryptError)?;
         let [high, low] = length.to_be_bytes();
         let header = [DATA, 3, 3, high, low];
@@ -349,30 +327,6 @@ pub(super) fn alert_of(error: &Error) -> [u8; 2] {
         _ => AlertDescription::UnexpectedMessage,
     };
     [2, description.into()]
-}
-
-/// Slices, one after the other.
-struct Source<'a, 'b> {
-    slices: &'a [IoSlice<'b>],
-    at: usize,
-}
-
-impl Source<'_, '_> {
-    /// Fills this with what comes next, as far as there is something.
-    fn fill(&mut self, mut room: &mut [u8]) {
-        while let Some((slice, later)) = self.slices.split_first() {
-            let rest = slice.get(self.at..).unwrap_or_default();
-            let (now, after) = rest.split_at(rest.len().min(room.len()));
-            let (place, left) = std::mem::take(&mut room).split_at_mut(now.len());
-            place.copy_from_slice(now);
-            room = left;
-            self.at += now.len();
-            if !after.is_empty() {
-                return;
-            }
-            (self.slices, self.at) = (later, 0);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -149,7 +149,7 @@ async fn speak(
     mut orders: mpsc::Receiver<Vec<u8>>,
 ) -> io::Result<()> {
     let tls = Arc::clone(&configs().server);
-    let mut io = TlsStream::accept(stream, tls).await.map_err(io::Error::other)?;
+    let mut io = tokio_rustls::TlsAcceptor::from(tls).accept(stream).await?;
     io.read_exact(&mut [0; 24]).await?;
     io.write_all(first).await?;
     io.flush().await?;
