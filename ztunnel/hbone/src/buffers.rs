@@ -13,12 +13,11 @@ const KEPT: usize = 6;
 /// What the allocator keeps for its next use instead of giving it back to the kernel, in bytes.
 const RETAINED: usize = 2 * 1024 * 1024;
 
-/// Teaches the allocator, once, that big buffers come and go.
+/// Teaches the allocator, once, that big buffers come and go: where a thread has more than it keeps.
 ///
 /// glibc maps what is larger than its threshold (128 KiB at first) and unmaps it when it is freed, and gives
 /// the top of its heap back from twice that: every buffer beyond those that a thread keeps is then paid for in page
-/// faults, a fifth of the processor time of bulk. Freeing one
-/// mapped block raises both thresholds to its size.
+/// faults, a fifth of the processor time of bulk. Freeing one mapped block raises both thresholds to its size.
 fn prepare() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(RETAINED))));
@@ -36,7 +35,7 @@ impl Buffer {
     pub(crate) fn borrow() -> Self {
         let spare = SPARE.with_borrow_mut(Vec::pop);
         Self(Some(spare.unwrap_or_else(|| {
-            prepare();
+            // Mapped, and zero by itself: it takes memory as it is filled.
             vec![0; SIZE].into()
         })))
     }
@@ -64,6 +63,8 @@ impl Drop for Buffer {
             let mut spare = spare.borrow_mut();
             if spare.len() < KEPT {
                 spare.push(bytes);
+            } else {
+                prepare();
             }
         });
     }
