@@ -117,7 +117,7 @@ impl Driver {
                         false
                     });
                     if over {
-                        self.finish(&Error::Closed, None);
+                        self.finish(&Error::Closed, Some(Reason::NO_ERROR));
                         continue;
                     }
                     // All was sent, and something may have come up meanwhile.

@@ -282,6 +282,9 @@ impl Requests {
             if let Some(reason) = inner.left {
                 return Err(Error::Left(reason));
             }
+            if inner.has_used_up_its_numbers() {
+                return Err(Error::Left(Reason::NO_ERROR));
+            }
             let key = inner.add(Head::Unsent(Box::new(request)));
             inner.pending.push_back(key);
             inner.open_pending();
@@ -296,7 +299,9 @@ impl Requests {
 
     /// Whether the connection takes no more requests: it is over, or the peer has said that it leaves.
     pub(crate) fn is_leaving(&self) -> bool {
-        self.shared.with(|inner| inner.ended.is_some() || inner.left.is_some())
+        self.shared.with(|inner| {
+            inner.ended.is_some() || inner.left.is_some() || inner.has_used_up_its_numbers()
+        })
     }
 }
 

@@ -37,12 +37,11 @@ impl Inner {
             return Err(broken("data of a stream that was never opened"));
         }
         match self.ended_lately(id) {
-            // It may not have heard of it yet.
-            Some(true) => Ok(()),
-            Some(false) | None if self.leaving == Leaving::Final => Ok(()),
-            Some(false) | None => {
+            Some(false) if self.leaving != Leaving::Final => {
                 self.reset_for(id, Reason::STREAM_CLOSED, "data behind the end of a stream")
             }
+            // It may not have heard of our reset yet, however long that is ago.
+            _ => Ok(()),
         }
     }
 

@@ -373,6 +373,12 @@ impl Inner {
         }
     }
 
+    /// Whether there is no number left for another stream (section 5.1.1): a new connection has them all.
+    pub(super) fn has_used_up_its_numbers(&self) -> bool {
+        let waiting = u32::try_from(self.pending.len()).unwrap_or(u32::MAX);
+        self.last.saturating_add(waiting.saturating_mul(2)) > LARGEST_WINDOW - 4
+    }
+
     /// A HEADERS frame and, where the peer wants no such large frames, what continues it.
     pub(super) fn send_head(
         &mut self,
@@ -493,7 +499,10 @@ impl Inner {
         }
         (entry.receiving, entry.sending) = (Half::Ended, Half::Ended);
         entry.outgoing.clear();
-        entry.queued = 0;
+        // What was never sent has taken nothing of the connection's window.
+        let unsent = std::mem::take(&mut entry.queued);
+        self.send_window += i64::from(unsent);
+        self.feed_starved();
         self.tell(key, u8::MAX);
     }
 

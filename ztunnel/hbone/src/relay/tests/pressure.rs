@@ -107,6 +107,22 @@ async fn idle_streams_do_not_starve_others() {
     assert_eq!(world.accepted(), 1);
 }
 
+/// What was queued on a stream that is cut off, and never sent, leaves the connection's window to others.
+#[tokio::test]
+async fn who_is_cut_off_takes_no_window_along() {
+    let server = Settings { connection_window: 256 * 1024, ..Settings::default() };
+    let mut world = World::with(Settings::default(), server).await;
+    for _ in 0..16 {
+        let (mut opened, far) = world.open().await;
+        let room = within(std::future::poll_fn(|cx| opened.stream.poll_room(cx))).await.unwrap();
+        opened.stream.give(Bytes::from(vec![7; room]).into()).unwrap();
+        // The tunnel's task has had no turn since.
+        drop((opened, far));
+    }
+    bulk_passes(&mut world).await;
+    assert_eq!(world.accepted(), 1);
+}
+
 /// A TCP end that takes nothing stops its source: one chunk is taken from it, and no more.
 #[tokio::test]
 async fn a_full_socket_stops_the_relay() {
