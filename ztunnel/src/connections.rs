@@ -1,5 +1,6 @@
 //! The connections of one pod that live now, for the dump.
 
+use mesh_core::Hostname;
 use serde_json::{Value, json};
 use slab::Slab;
 use std::{
@@ -37,12 +38,33 @@ impl Carrier {
     }
 }
 
+/// Where a connection was meant to go.
+#[derive(Clone, Debug)]
+pub(crate) enum Original {
+    /// Nobody says.
+    Unknown,
+    /// To this address.
+    Addr(SocketAddr),
+    /// To this service.
+    Host(Hostname),
+}
+
+impl Original {
+    fn dump(&self) -> Value {
+        match self {
+            Self::Unknown => Value::Null,
+            Self::Addr(address) => address.to_string().into(),
+            Self::Host(host) => host.as_str().into(),
+        }
+    }
+}
+
 /// One line of the dump.
 #[derive(Clone, Debug)]
 pub(crate) struct Live {
     pub(crate) direction: Direction,
     pub(crate) source: SocketAddr,
-    pub(crate) original: Option<Box<str>>,
+    pub(crate) original: Original,
     pub(crate) actual: SocketAddr,
     pub(crate) carrier: Carrier,
 }
@@ -78,10 +100,9 @@ impl Connections {
                 .iter()
                 .filter(|(_, live)| live.direction == direction)
                 .map(|(_, live)| {
-                    let original = live.original.as_deref();
                     json!({
                         "src": live.source.to_string(),
-                        "originalDst": original,
+                        "originalDst": live.original.dump(),
                         "actualDst": live.actual.to_string(),
                         "protocol": live.carrier.as_str(),
                     })
@@ -112,7 +133,7 @@ mod tests {
         let live = |direction, carrier| Live {
             direction,
             source: "10.0.0.1:1000".parse().unwrap(),
-            original: Some("10.0.0.9:80".into()),
+            original: Original::Addr("10.0.0.9:80".parse().unwrap()),
             actual: "10.0.0.2:15008".parse().unwrap(),
             carrier,
         };

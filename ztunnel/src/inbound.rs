@@ -6,20 +6,20 @@ mod resolve;
 pub use resolve::{Ask, Refusal, Target, resolve};
 
 use crate::{
-    connections::{Carrier, Direction, Listed, Live},
+    connections::{Carrier, Direction, Listed, Live, Original},
     handshake::{self, Revoked},
     outbound::{CONNECT_TIMEOUT, baggage},
     pod::{Pod, Refused},
-    policy_watch::{Facts, PolicyWatch},
-    telemetry::{Connection, Ends, Place, Reporter, Source, advise, explain},
+    policy_watch::{Facts, Peer, PolicyWatch},
+    telemetry::{Connection, Ends, Identity, Place, Reporter, Source, advise, explain},
 };
-use mesh_core::{Failure, NetworkAddress, Reason, Side, SpiffeId, Workload};
+use mesh_core::{Failure, NetworkAddress, Reason, Side, Workload};
 use mesh_hbone::{
     Duplex, Meter, ResponseHead, Stream, Tcp, TunnelRequest, proxy_protocol, relay,
     server::{self, Incoming},
 };
 use mesh_identity::{
-    crl::{Peer, Tracked},
+    crl::{self, Tracked},
     verify::peer_identity,
 };
 use mesh_policy::{Denial, Permit};
@@ -42,7 +42,7 @@ struct Tunnel {
     workload: Arc<Workload>,
     peer: SocketAddr,
     local: SocketAddr,
-    identity: Option<SpiffeId>,
+    identity: Option<Arc<Peer>>,
     /// Set before the tunnel is closed because of its peer's certificates.
     revoked: AtomicBool,
 }
@@ -62,6 +62,7 @@ pub(crate) fn accepted(pod: &Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
         match Box::pin(handshake(&owner, stream)).await {
             Ok(Shaken { workload, connection, tracked }) => {
                 let identity = peer_identity(connection.peer_certificates());
+                let identity = identity.map(|identity| Arc::new(Peer::new(identity)));
                 let revoked = AtomicBool::new(false);
                 let tunnel = Tunnel { pod: owner, workload, peer, local, identity, revoked };
                 Box::pin(streams(&Arc::new(tunnel), (connection, tracked), draining)).await;
@@ -95,7 +96,7 @@ async fn handshake(pod: &Pod, stream: TcpStream) -> Result<Shaken, Failure> {
         .map_err(|failure| handshake::inbound_failed(metrics, failure))?;
     handshake::done(metrics, Reporter::Destination);
     let chain = connection.peer_certificates();
-    let tracked = pod.shared.certificates.track(&certificate, chain, Peer::Client);
+    let tracked = pod.shared.certificates.track(&certificate, chain, crl::Peer::Client);
     Ok(Shaken { workload, connection, tracked })
 }
 
@@ -201,14 +202,14 @@ impl Tunnel {
         let place = Place {
             source: self.peer,
             destination: self.local,
-            authority: Some(request.authority.to_string().into()),
+            authority: Some(request.authority.clone()),
         };
         let ends = self.ends(request, target);
         let connection = Connection::open(&self.pod.shared.telemetry, ends, place, began);
         let listed = self.pod.connections.list(Live {
             direction: Direction::Inbound,
             source: self.peer,
-            original: request.forwarded.host.as_ref().map(|host| host.as_str().into()),
+            original: meant(request, target),
             actual: target.address,
             carrier: Carrier::Hbone,
         });
@@ -232,14 +233,14 @@ impl Tunnel {
         incoming: Box<Incoming>,
         permit: Permit,
         target: &Target,
-    ) -> Result<Both, Failure> {
+    ) -> Result<Box<Both>, Failure> {
         match self.dial(target).await {
             Ok(up) => {
                 let told = self.pod.shared.config.response_baggage;
                 let head = ResponseHead { baggage: told.then(|| baggage(&self.workload)) };
                 let gone = |error| Failure::downstream(Reason::Reset, error);
                 let down = incoming.accept(&head).map_err(gone)?;
-                Ok(Both { permit, down, up })
+                Ok(Box::new(Both { permit, down: Down::Tunnel(down), up }))
             }
             Err(failure) => {
                 incoming.refuse(failure.reason.report().status);
@@ -268,7 +269,7 @@ impl Tunnel {
         Ends {
             reporter: Reporter::Destination,
             source,
-            source_identity: self.identity.clone(),
+            identity: self.identity.clone().map_or(Identity::None, Identity::Peer),
             destination: Some(Arc::clone(&self.workload)),
             service: target.service.clone(),
             mutual_tls: true,
@@ -280,7 +281,8 @@ impl Tunnel {
         let client = (!target.address.ip().is_loopback()).then_some(self.peer);
         let mut up = self.pod.dial(client, target.address).await?;
         if let Some(announced) = target.announce {
-            let header = proxy_protocol::header(self.peer, announced, self.identity.as_ref());
+            let identity = self.identity.as_deref().map(|peer| &peer.identity);
+            let header = proxy_protocol::header(self.peer, announced, identity);
             up.preface(&header)
                 .await
                 .map_err(|error| Failure::upstream(Reason::Connect, ConnectError(error)))?;
@@ -289,13 +291,20 @@ impl Tunnel {
     }
 }
 
+/// What the client says that it meant. A name that the state has, too, is not held twice.
+fn meant(request: &TunnelRequest, target: &Target) -> Original {
+    let Some(host) = &request.forwarded.host else { return Original::Unknown };
+    let known = target.service.as_ref().map(|service| &service.key.hostname);
+    Original::Host(known.filter(|known| *known == host).unwrap_or(host).clone())
+}
+
 /// A connection that was set up, or could not be: what is left is to relay it, and to report it.
 #[derive(Debug)]
 struct Ready {
     connection: Connection,
     watch: PolicyWatch,
-    /// Both sides, until they are relayed.
-    ends: Result<Option<Both>, Failure>,
+    /// Both sides, until they are relayed: their place is let go of then.
+    ends: Result<Option<Box<Both>>, Failure>,
     _listed: Listed,
 }
 
@@ -314,17 +323,28 @@ impl Ready {
 #[derive(Debug)]
 struct Both {
     permit: Permit,
-    down: Stream,
+    down: Down,
     up: Tcp,
 }
 
+/// The client's side.
+#[derive(Debug)]
+enum Down {
+    Tunnel(Stream),
+    Plain(Tcp),
+}
+
 impl Both {
+    #[expect(clippy::boxed_local, reason = "by value it would stay in the future of who calls")]
     fn forward<'a>(
-        self,
+        self: Box<Self>,
         meter: &'a impl Meter,
     ) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>> {
-        let Self { permit, down, up } = self;
-        Box::pin(forward(permit, down, up, meter))
+        let Self { permit, down, up } = *self;
+        match down {
+            Down::Tunnel(down) => Box::pin(forward(permit, down, up, meter)),
+            Down::Plain(down) => Box::pin(forward(permit, down, up, meter)),
+        }
     }
 }
 
@@ -403,3 +423,23 @@ impl fmt::Display for ConnectError {
 }
 
 impl std::error::Error for ConnectError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn future<A: 'static, B, F>(_: impl Fn(&'static A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// What a connection that is only held takes here; a node has many.
+    #[test]
+    fn a_held_connection_is_small() {
+        for (what, size) in
+            [("in a tunnel", future(Tunnel::serve)), ("in plain text", plaintext::held())]
+        {
+            assert!(size <= 232, "{what}: {size} bytes in its task");
+        }
+        assert!(size_of::<Ready>() <= 344, "{} bytes beside it", size_of::<Ready>());
+    }
+}

@@ -152,7 +152,7 @@ impl Metrics {
         let pair = Pair {
             reporter: ends.reporter,
             source: place(source),
-            identity: ends.source_identity.clone(),
+            identity: ends.source_identity().cloned(),
             destination: place(ends.destination.as_ref()),
             service: place(ends.service.as_ref()),
             mutual_tls: ends.mutual_tls,
@@ -275,7 +275,7 @@ mod tests {
         let ends = |source| Ends {
             reporter: Reporter::Source,
             source,
-            source_identity: None,
+            identity: crate::telemetry::Identity::None,
             destination: None,
             service: None,
             mutual_tls: false,

@@ -17,11 +17,28 @@ use tracing::Level;
 /// long for a workload.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Whom a tunnel's certificate is of. All connections in it share it.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    /// Verified.
+    pub(crate) identity: SpiffeId,
+    /// The same as policies have it.
+    principal: Box<str>,
+}
+
+impl Peer {
+    /// Of this identity.
+    pub(crate) fn new(identity: SpiffeId) -> Self {
+        let text = identity.to_string();
+        let principal = text.strip_prefix("spiffe://").unwrap_or(&text).into();
+        Self { identity, principal }
+    }
+}
+
 /// What a policy may ask about a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
-    source: Option<SpiffeId>,
-    principal: Option<Box<str>>,
+    peer: Option<Arc<Peer>>,
     source_ip: IpAddr,
     destination: SocketAddr,
 }
@@ -29,22 +46,22 @@ pub(crate) struct Facts {
 impl Facts {
     /// A connection from `source`, with this verified identity if any, to the application at
     /// `destination`.
-    pub(crate) fn new(source: IpAddr, identity: Option<SpiffeId>, destination: SocketAddr) -> Self {
-        let principal = identity.as_ref().map(|id| {
-            let text = id.to_string();
-            text.strip_prefix("spiffe://").unwrap_or(&text).into()
-        });
-        Self { source: identity, principal, source_ip: source, destination }
+    pub(crate) const fn new(
+        source: IpAddr,
+        peer: Option<Arc<Peer>>,
+        destination: SocketAddr,
+    ) -> Self {
+        Self { peer, source_ip: source, destination }
     }
 }
 
 impl Attributes for Facts {
     fn source(&self) -> Option<&SpiffeId> {
-        self.source.as_ref()
+        self.peer.as_deref().map(|peer| &peer.identity)
     }
 
     fn principal(&self) -> Option<&str> {
-        self.principal.as_deref()
+        self.peer.as_deref().map(|peer| &*peer.principal)
     }
 
     fn source_ip(&self) -> IpAddr {
@@ -89,9 +106,10 @@ impl PolicyWatch {
         if !is_wanted {
             return;
         }
-        let Facts { principal, source_ip, destination, .. } = &self.facts;
+        let Facts { source_ip, destination, .. } = &self.facts;
+        let principal = self.facts.principal();
         for finding in findings(set, &self.facts) {
-            let (policy, peer) = (finding.policy(), principal.as_deref().unwrap_or("unknown"));
+            let (policy, peer) = (finding.policy(), principal.unwrap_or("unknown"));
             match self.level {
                 Level::INFO => {
                     tracing::info!(%policy, source = %source_ip, peer, %destination, "{finding}");

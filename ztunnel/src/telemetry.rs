@@ -6,12 +6,12 @@
 mod labels;
 mod line;
 
-pub(crate) use labels::{Counters, Ends, Reporter, Source, name_labels};
+pub(crate) use labels::{Counters, Ends, Identity, Reporter, Source, name_labels};
 pub(crate) use line::{advise, explain};
 
 use crate::metrics::Metrics;
 use mesh_core::{Failure, Reason};
-use mesh_hbone::Meter;
+use mesh_hbone::{Authority, Meter};
 use mesh_runtime::access_log::AccessLog;
 use std::{
     fmt,
@@ -49,7 +49,7 @@ pub(crate) struct Place {
     /// What was dialled; for an inbound tunnel the address that it came to.
     pub(crate) destination: SocketAddr,
     /// The authority of the CONNECT, in a tunnel.
-    pub(crate) authority: Option<Box<str>>,
+    pub(crate) authority: Option<Authority>,
 }
 
 /// The bytes of a connection, counted while they move.

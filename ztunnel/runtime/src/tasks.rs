@@ -11,14 +11,14 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
+use slab::Slab;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::sync::futures::OwnedNotified;
 
 const RUNNING: u8 = 0;
 const STOPPING: u8 = 1;
@@ -47,8 +47,10 @@ struct Owner(Arc<Node>);
 struct Node {
     phase: AtomicU8,
     stopping: Notify,
-    // Behind its own Arc because a task holds a waiter on it.
-    forced: Arc<Notify>,
+    forced: Notify,
+    /// Who of the tasks is to be woken when they are forced. Here and not in the tasks, each of which is as large as
+    /// its connection is held long.
+    tasks: Mutex<Slab<Waker>>,
     idle: Notify,
     children: Mutex<Vec<Weak<Node>>>,
 }
@@ -115,12 +117,8 @@ impl Tasks {
     }
 
     fn owned<F>(&self, task: impl FnOnce(Draining) -> F) -> Owned<F> {
-        Owned {
-            forced: Arc::clone(&self.owner.0.forced).notified_owned(),
-            waiting: false,
-            task: task(self.draining()),
-            live: Arc::clone(&self.live),
-        }
+        let place = Place { key: None, live: Arc::clone(&self.live) };
+        Owned { task: task(self.draining()), place }
     }
 
     /// The state of this owner's drain.
@@ -209,27 +207,48 @@ impl Node {
         Arc::new(Self {
             phase: AtomicU8::new(RUNNING),
             stopping: Notify::new(),
-            forced: Arc::default(),
+            forced: Notify::new(),
+            tasks: Mutex::default(),
             idle: Notify::new(),
             children: Mutex::default(),
         })
     }
 
-    fn advance(&self, phase: u8) {
+    /// Everybody has the new phase before anybody is woken: whose peer in the tree is dropped for it is not to take
+    /// that for a failure of the peer.
+    fn advance(self: &Arc<Self>, phase: u8) {
+        let mut reached = Vec::new();
+        self.mark(phase, &mut reached);
+        for node in reached {
+            node.stopping.notify_waiters();
+            if phase == FORCED {
+                node.forced.notify_waiters();
+                let tasks = std::mem::take(&mut *node.tasks());
+                tasks.into_iter().for_each(|(_, waker)| waker.wake());
+            }
+        }
+    }
+
+    fn mark(self: &Arc<Self>, phase: u8, reached: &mut Vec<Arc<Self>>) {
         if phase == RUNNING || self.phase.fetch_max(phase, Ordering::SeqCst) >= phase {
             return;
         }
-        self.stopping.notify_waiters();
-        if phase == FORCED {
-            self.forced.notify_waiters();
-        }
+        reached.push(Arc::clone(self));
         let children: Vec<_> = {
             let children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
             children.iter().filter_map(Weak::upgrade).collect()
         };
         for child in children {
-            child.advance(phase);
+            child.mark(phase, reached);
         }
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Slab<Waker>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_forced(&self) -> bool {
+        self.phase.load(Ordering::SeqCst) == FORCED
     }
 
     async fn reached(&self, phase: u8, notify: &Notify) {
@@ -265,13 +284,43 @@ impl Drop for Live {
 pin_project! {
     /// A task, dropped when its owner is forced, and counted until it is dropped.
     struct Owned<F> {
-        #[pin]
-        forced: OwnedNotified,
-        waiting: bool,
-        // Before `live`, so that all a task holds is gone before it stops counting.
+        // Before its place, so that all a task holds is gone before it stops counting.
         #[pin]
         task: F,
-        live: Arc<Live>,
+        place: Place,
+    }
+}
+
+/// A task's place with its owner.
+struct Place {
+    /// Where its waker is, once it has been polled.
+    key: Option<u32>,
+    live: Arc<Live>,
+}
+
+impl Place {
+    /// Once: this is of the outermost future of its task, whose waker never changes its meaning. At each turn it would
+    /// take a lock that all tasks of the owner share.
+    fn enter(&mut self, waker: &Waker) {
+        if self.key.is_none() {
+            let key = self.live.node.tasks().insert(waker.clone());
+            // There is not memory for so many tasks.
+            self.key = u32::try_from(key).ok();
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(key) = self.key.and_then(|key| usize::try_from(key).ok()) else { return };
+        let mut tasks = self.live.node.tasks();
+        let waker = tasks.try_remove(key);
+        if tasks.is_empty() {
+            tasks.shrink_to_fit();
+        }
+        drop(tasks);
+        // Not under the lock: it may be the last that holds the task.
+        drop(waker);
     }
 }
 
@@ -280,16 +329,10 @@ impl<F: Future<Output = ()>> Future for Owned<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
-        if this.live.node.phase.load(Ordering::Acquire) == FORCED {
+        // Before the check: a force between the two is not lost.
+        this.place.enter(cx.waker());
+        if this.place.live.node.is_forced() {
             return Poll::Ready(());
-        }
-        // Registered once: this is the outermost future of its task, whose waker never changes its meaning.
-        // Polling it again at each turn would take a lock that all tasks of the owner share.
-        if !*this.waiting {
-            *this.waiting = true;
-            if this.forced.poll(cx).is_ready() {
-                return Poll::Ready(());
-            }
         }
         this.task.poll(cx)
     }

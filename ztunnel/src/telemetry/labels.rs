@@ -1,5 +1,6 @@
 //! Istio's labels of a connection, in Istio's order.
 
+use crate::policy_watch::Peer;
 use mesh_core::{Hostname, Service, SpiffeId, Workload};
 use mesh_hbone::Baggage;
 use mesh_runtime::metrics::{Builder, Counter, Labels};
@@ -34,6 +35,17 @@ pub(crate) enum Source {
     Unknown,
 }
 
+/// The verified identity of a client.
+#[derive(Clone, Debug)]
+pub(crate) enum Identity {
+    /// There is none.
+    None,
+    /// The workload's own: it is one of ours.
+    Own,
+    /// What the certificate of its tunnel says.
+    Peer(Arc<Peer>),
+}
+
 /// The two ends of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Ends {
@@ -42,7 +54,7 @@ pub(crate) struct Ends {
     /// The client.
     pub(crate) source: Source,
     /// Its verified identity; only where the connection is in a tunnel.
-    pub(crate) source_identity: Option<SpiffeId>,
+    pub(crate) identity: Identity,
     /// The server, or the waypoint.
     pub(crate) destination: Option<Arc<Workload>>,
     /// The service that was addressed.
@@ -148,6 +160,15 @@ pub(crate) fn name_labels(source: &Workload, host: &Hostname) -> Labels {
 }
 
 impl Ends {
+    /// The verified identity of the client.
+    pub(crate) fn source_identity(&self) -> Option<&SpiffeId> {
+        match (&self.identity, &self.source) {
+            (Identity::Peer(peer), _) => Some(&peer.identity),
+            (Identity::Own, Source::Workload(workload)) => Some(&workload.identity),
+            (Identity::None, _) | (Identity::Own, Source::Told(_) | Source::Unknown) => None,
+        }
+    }
+
     /// The labels of the `istio_tcp_*` families, with this response flag.
     pub(crate) fn labels(&self, flag: &str) -> Labels {
         let source = match &self.source {
@@ -156,7 +177,7 @@ impl Ends {
             Source::Unknown => Party::UNKNOWN,
         };
         let destination = self.destination.as_deref().map_or(Party::UNKNOWN, Party::of_workload);
-        let principal = self.source_identity.as_ref().map(ToString::to_string);
+        let principal = self.source_identity().map(ToString::to_string);
         let mut labels = Labels::builder(1024);
         labels.push("reporter", self.reporter.as_str());
         source.push_source(&mut labels, principal.as_deref());

@@ -66,7 +66,8 @@ fn known(fields: &mut Fields<'_>, key: &'static str, text: &str) {
 }
 
 fn source(fields: &mut Fields<'_>, connection: &Connection) {
-    let Ends { source, source_identity, .. } = &connection.ends;
+    let source = &connection.ends.source;
+    let identity = connection.ends.source_identity();
     fields.addr("src.addr", connection.place.source);
     let (workload, namespace, cluster) = match source {
         Source::Workload(w) => (name(w), w.identity.namespace.as_str(), w.cluster.as_str()),
@@ -74,7 +75,7 @@ fn source(fields: &mut Fields<'_>, connection: &Connection) {
             let text = |value: &'_ Option<String>| value.clone().unwrap_or_default();
             known(fields, "src.workload", &text(&baggage.service_name));
             known(fields, "src.namespace", &text(&baggage.namespace));
-            if let Some(identity) = source_identity {
+            if let Some(identity) = identity {
                 fields.text("src.identity", identity);
             }
             known(fields, "src.cluster", &text(&baggage.cluster));
@@ -84,7 +85,7 @@ fn source(fields: &mut Fields<'_>, connection: &Connection) {
     };
     known(fields, "src.workload", workload);
     known(fields, "src.namespace", namespace);
-    if let Some(identity) = source_identity {
+    if let Some(identity) = identity {
         fields.text("src.identity", identity);
     }
     known(fields, "src.cluster", cluster);

@@ -150,6 +150,25 @@ async fn children_that_ended_are_forgotten() {
     assert!(tasks.owner.0.children.lock().unwrap().capacity() <= 8);
 }
 
+#[tokio::test]
+async fn tasks_that_ended_leave_no_place() {
+    let tasks = Tasks::new();
+    let dropped = Arc::default();
+    for n in 0..100 {
+        tasks.spawn(|_| async {});
+        if n % 10 == 0 {
+            endless(&tasks, &dropped);
+        }
+    }
+    while Arc::strong_count(&tasks.live) > 11 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(tasks.owner.0.tasks().len(), 10, "those that have not ended");
+    tasks.cancel();
+    assert!(tasks.drain(SECOND).await);
+    assert_eq!(dropped.load(Ordering::SeqCst), 10);
+}
+
 #[test]
 fn a_task_is_not_much_larger_than_its_future() {
     fn size<F>(_: &F) -> usize {
@@ -162,5 +181,31 @@ fn a_task_is_not_much_larger_than_its_future() {
         std::hint::black_box(&body);
     });
     let extra = size(&task) - size(&task.task);
-    assert!(extra <= 96, "{extra} bytes");
+    assert!(extra <= 16, "{extra} bytes");
+}
+
+/// Looks, when it is woken, how far another owner has come.
+struct Looks {
+    at: Draining,
+    saw: std::sync::atomic::AtomicBool,
+}
+
+impl std::task::Wake for Looks {
+    fn wake(self: Arc<Self>) {
+        self.saw.store(self.at.is_stopping(), Ordering::SeqCst);
+    }
+}
+
+/// Else a task could see its tunnel end, and not that it is to end as well.
+#[test]
+fn everybody_has_the_phase_before_anybody_is_woken() {
+    let parent = Tasks::new();
+    let child = parent.child();
+    let looks = Arc::new(Looks { at: child.draining(), saw: false.into() });
+    let waker = Arc::clone(&looks).into();
+    let draining = parent.draining();
+    let mut stopping = std::pin::pin!(draining.stopping());
+    assert!(stopping.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    parent.stop();
+    assert!(looks.saw.load(Ordering::SeqCst));
 }
