@@ -7,12 +7,10 @@
 use std::{process, thread, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use mesh_state::{Update, Writer};
 use mesh_tests::{
     control_plane::{ControlPlane, Kind, Order},
     wait::pause,
 };
-use nix::time::{ClockId, clock_gettime};
 use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -59,10 +57,8 @@ pub struct Applied {
     set_up: [Run; 2],
     /// How long it took both node proxies to add, to change and to remove all.
     seconds: [Vec<f64>; 3],
-    /// The longest hold of the state's lock in each node proxy, in seconds.
+    /// How long updates have kept a reader of the state from it at most, in each node proxy, in seconds.
     holds: [f64; 2],
-    /// The same in this process with nothing beside it, in seconds of the processor.
-    hold_cpu: f64,
     /// Processor seconds of the control plane for each of those rounds.
     control: f64,
     /// Of both node proxies, without the mesh and with it.
@@ -78,7 +74,7 @@ pub struct Churned {
     rate: f64,
     /// How long after it was sent the last one was applied, in seconds.
     lag: f64,
-    /// The longest hold in each node proxy, in seconds, applying the mesh included.
+    /// How long a reader was kept from the state at most in each node proxy, in seconds, applying the mesh included.
     holds: [f64; 2],
     /// Of both node proxies, every ten seconds.
     memory: Vec<[Memory; 2]>,
@@ -86,7 +82,6 @@ pub struct Churned {
 
 /// Applies the mesh to fresh node proxies, changes all of it and takes it away, over and over.
 pub fn applied(scene: &Scene, control: &ControlPlane) -> Result<Applied> {
-    let hold_cpu = hold_by_cpu()?;
     let stages = [orders(mesh()), orders(changed()), removals()];
     let before = fresh(scene, control)?;
     let idle = scene.gentle(WINDOW).context("idle")?;
@@ -109,7 +104,6 @@ pub fn applied(scene: &Scene, control: &ControlPlane) -> Result<Applied> {
         set_up: [idle, during],
         seconds,
         holds: scene.longest_holds()?,
-        hold_cpu,
         control: control_used,
         memory: [before, scene.memory()?],
     })
@@ -225,29 +219,6 @@ fn step(number: u32) -> Order {
     Order::new(Kind::Address, all.map(encoded), removed)
 }
 
-/// The time that this thread has had a processor.
-fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-/// The same updates by the same code with nothing beside it: what a hold takes when nobody takes the processor away.
-fn hold_by_cpu() -> Result<f64> {
-    let mut writer = Writer::new("near".parse()?).timed(cpu_time);
-    let mut resources = mesh().chain(changed());
-    loop {
-        let some: Vec<_> = resources.by_ref().take(RESPONSE).collect();
-        if some.is_empty() {
-            break;
-        }
-        let decoded = some.iter().filter_map(|(_, address)| writer.decode(address).transpose());
-        let updates = decoded.collect::<Result<Vec<Update>, _>>()?;
-        writer.apply(updates);
-    }
-    let removals: Vec<_> = mesh().filter_map(|(name, _)| writer.removal(&name)).collect();
-    writer.apply(removals);
-    Ok(writer.handle().longest_hold().as_secs_f64())
-}
-
 fn megabytes(kib: u64) -> String {
     format!("{:.1}", precise(kib) * 1024.0 / 1e6)
 }
@@ -275,7 +246,7 @@ fn set_up_text([idle, during]: &[Run; 2], title: &str, what: &str) -> String {
 }
 
 fn holds_line(holds: [f64; 2]) -> Vec<String> {
-    line("longest hold, ms", holds.map(|hold| verdict(Some(hold * 1000.0), 1.0)))
+    line("longest hold, µs", holds.map(|hold| verdict(Some(hold * 1e6), 1000.0)))
 }
 
 fn runs_json([idle, during]: &[Run; 2]) -> Value {
@@ -307,8 +278,7 @@ impl Applied {
         let [added, changed, removed] = self.seconds.each_ref().map(seconds);
         text.push_str(&format!(
             "seconds until both have applied all, median (first): added {added}, changed {changed}, removed {removed}\n\
-             longest hold by CPU, undisturbed: {:.3} ms; CPU of the control plane for each: {:.2} s\n",
-            self.hold_cpu * 1000.0,
+             CPU of the control plane for each: {:.2} s\n",
             self.control,
         ));
         text
@@ -318,7 +288,7 @@ impl Applied {
         let [added, changed, removed] = &self.seconds;
         json!({
             "workloads": SIZE, "set_up": runs_json(&self.set_up), "longest_hold_seconds": self.holds,
-            "longest_hold_cpu_seconds": self.hold_cpu, "control_plane_cpu_seconds": self.control,
+            "control_plane_cpu_seconds": self.control,
             "seconds": { "added": added, "changed": changed, "removed": removed },
             "memory": memory_json(&self.memory),
         })
@@ -381,7 +351,8 @@ mod tests {
             Applied { set_up: [Run::default(), run], holds: [0.0005, 0.002], ..Applied::default() };
         let text = applied.text();
         assert!(text.contains("12.00 OVER 10"), "{text}");
-        assert!(text.contains("0.50 ok 1") && text.contains("2.00 OVER 1"), "{text}");
+        assert!(text.contains("500.00 ok 1000"), "{text}");
+        assert!(text.contains("2000.00 OVER 1000"), "{text}");
         assert!(Churned::default().text().contains("updates a second: 0"));
     }
 }

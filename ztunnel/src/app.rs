@@ -224,9 +224,9 @@ fn watch_state(registry: &Registry, state: &Handle) {
     registry.on_scrape(move |samples| {
         samples.gauge(
             "istio_state_longest_hold_seconds",
-            "The longest time that one step of an update has kept readers of the state waiting.",
+            "The longest time that an update has kept a reader of the state from it.",
             &labels,
-            state.longest_hold().as_secs_f64(),
+            state.longest_wait().as_secs_f64(),
         );
     });
 }

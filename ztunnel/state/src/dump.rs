@@ -37,7 +37,7 @@ fn health(health: Health) -> &'static str {
     }
 }
 
-/// All, a part of the index at a time, so that the writer and with it the readers never wait for long.
+/// All, a part of the index at a time, so that the writer never waits for long.
 fn gather<T>(state: &Handle, of_part: impl Fn(&View, usize) -> Option<Vec<T>>) -> Vec<T> {
     let part = |part| state.read(|view| of_part(view, part));
     (0..).map_while(part).flatten().collect()
@@ -236,9 +236,8 @@ fn load_balancer(lb: &LoadBalancing) -> Value {
 /// The policies, by name.
 #[must_use]
 pub fn policies(state: &Handle) -> Value {
-    let mut all: Vec<Arc<wire::Authorization>> =
+    let all: Vec<Arc<wire::Authorization>> =
         state.read(|view| view.policies.values().cloned().collect());
-    all.sort_unstable_by(|a, b| a.name().cmp(b.name()));
     all.iter().map(|policy| policy.dump()).collect()
 }
 

@@ -1,7 +1,7 @@
 //! The pods that this node serves, as far as the state concerns them: which workload each is, and which
 //! policies apply to it. Kept up by the writer, watched by connections.
 
-use crate::{View, view::Reach};
+use crate::{Handle, View, view::Reach};
 use mesh_core::{Namespace, PolicyName, ServiceAccount, Text, Workload};
 use mesh_policy::{Entry, PolicySet};
 use std::{
@@ -69,23 +69,32 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Roster {
-    pub(crate) fn enrol(&self, pod: PodInfo, view: &View) -> Enrolment {
-        let found = view.workloads.local(&pod).cloned();
-        let selected = found.as_ref().map(|w| w.policies.clone()).unwrap_or_default();
-        let set = self.policies(&pod.namespace, &selected, view);
+    /// The roster is locked before the view is read: an update that is not in the view yet is told to all that are
+    /// in the roster once it is.
+    pub(crate) fn enrol(&self, pod: PodInfo, state: &Handle) -> Enrolment {
+        let mut pods = lock(&self.pods);
+        let (found, selected, set) = state.read(|view| {
+            let found = view.workloads.local(&pod).cloned();
+            let selected = found.as_ref().map(|w| w.policies.clone()).unwrap_or_default();
+            let set = self.policies(&pod.namespace, &selected, view);
+            (found, selected, set)
+        });
         let (workload, workload_seen) = watch::channel(found);
         let (policies, policies_seen) = watch::channel(Arc::new(set));
         let selected = Mutex::new(selected);
         let entry = Arc::new(Enrolled { pod, workload, policies, selected });
-        let mut pods = lock(&self.pods);
         pods.retain(|pod| pod.strong_count() > 0);
         pods.push(Arc::downgrade(&entry));
         Enrolment { workload: workload_seen, policies: policies_seen, _entry: entry }
     }
 
-    /// Tells the pods what has changed for them.
-    pub(crate) fn refresh(&self, view: &View) {
+    /// Tells the pods what has changed for them in what is shown.
+    pub(crate) fn refresh(&self, state: &Handle) {
         let pods: Vec<_> = lock(&self.pods).iter().filter_map(Weak::upgrade).collect();
+        state.read(|view| self.tell(&pods, view));
+    }
+
+    fn tell(&self, pods: &[Arc<Enrolled>], view: &View) {
         let mut made = Made::new();
         for pod in pods {
             let found = view.workloads.local(&pod.pod).cloned();
@@ -97,21 +106,14 @@ impl Roster {
             let set = made.entry(key).or_insert_with_key(|(namespace, selected)| {
                 Arc::new(self.policies(namespace, selected, view))
             });
-            // The policies first: whoever sees the workload sees all that it is held to.
-            pod.policies.send_if_modified(|known| {
-                let changed = known.entries() != set.entries();
-                if changed {
-                    *known = Arc::clone(set);
-                }
-                changed
-            });
-            pod.workload.send_if_modified(|known| {
-                let changed = *known != found;
-                if changed {
-                    *known = found;
-                }
-                changed
-            });
+            // The policies first: whoever sees the workload sees all that it is held to. They are compared before
+            // they are sent, for which connections would wait: nobody else sends.
+            if pod.policies.borrow().entries() != set.entries() {
+                pod.policies.send_replace(Arc::clone(set));
+            }
+            if *pod.workload.borrow() != found {
+                pod.workload.send_replace(found);
+            }
         }
     }
 

@@ -43,7 +43,7 @@ pub(crate) struct Services {
     preferred: Option<Namespace>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Hashes(DefaultHashBuilder);
 
 impl Hashes {
@@ -88,20 +88,6 @@ fn preferred<'a>(
     visible.max_by_key(|(service, age)| (rank(service), Reverse(*age))).map(|(service, _)| service)
 }
 
-impl Default for Services {
-    fn default() -> Self {
-        Self {
-            groups: Table::in_parts(PARTS),
-            vips: Table::in_parts(PARTS),
-            hosts: Table::in_parts(PARTS),
-            lengths: BTreeMap::new(),
-            ages: 0,
-            hashes: Hashes::default(),
-            preferred: None,
-        }
-    }
-}
-
 impl Group {
     pub(crate) const fn key(&self) -> &ServiceKey {
         &self.key
@@ -123,6 +109,18 @@ impl Group {
 }
 
 impl Services {
+    pub(crate) fn hashed_by(hasher: DefaultHashBuilder) -> Self {
+        Self {
+            groups: Table::in_parts(PARTS),
+            vips: Table::in_parts(PARTS),
+            hosts: Table::in_parts(PARTS),
+            lengths: BTreeMap::new(),
+            ages: 0,
+            hashes: Hashes(hasher),
+            preferred: None,
+        }
+    }
+
     pub(crate) fn prefer(&mut self, namespace: Namespace) {
         self.preferred = Some(namespace);
     }
@@ -221,8 +219,8 @@ impl Services {
         }
     }
 
-    /// Returns what it replaced.
-    pub(crate) fn insert(&mut self, service: Arc<Service>) -> Option<Arc<Service>> {
+    /// Adds or replaces.
+    pub(crate) fn insert(&mut self, service: Arc<Service>) {
         let age = match self.group(&service.key) {
             Some(Group { service: Some(_), age, .. }) => *age,
             Some(_) | None => {
@@ -230,7 +228,7 @@ impl Services {
                 self.ages
             }
         };
-        let old = self.take(&service.key);
+        self.take(&service.key);
         let hashes = self.hashes.clone();
         for (at, vip) in service.vips.iter().enumerate() {
             if vip.block.single().is_none() {
@@ -245,10 +243,9 @@ impl Services {
             |(service, _): &(Arc<Service>, Age)| hashes.host(service.key.hostname.as_str());
         self.hosts.insert(host, (Arc::clone(&service), age), rehash);
         if let Some(group) = self.group_mut(&service.key) {
-            group.service = Some(Arc::clone(&service));
+            group.service = Some(service);
             group.age = age;
         }
-        old
     }
 
     /// Its endpoints stay, waiting for it.

@@ -1,5 +1,5 @@
-//! A hash table in many small parts, so that its growth never takes long: a whole table of half a million
-//! entries would move them all at once, under the lock, for tens of milliseconds.
+//! A hash table in many small parts: it grows and shrinks in small steps, where a whole one would double, and who
+//! wants to see all of it can do so a part at a time.
 //!
 //! The entries hold their own keys; whoever looks up brings the hash and the comparison.
 
@@ -31,7 +31,7 @@ impl<T> Table<T> {
         self.len
     }
 
-    /// Those of one part, for who wants to see all without holding the lock all the time.
+    /// Those of one part, for who wants to see all without keeping the writer waiting all the time.
     pub(crate) fn of_part(&self, part: usize) -> Option<impl Iterator<Item = &T>> {
         self.parts.get(part).map(HashTable::iter)
     }

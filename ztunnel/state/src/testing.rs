@@ -2,8 +2,12 @@
 
 use crate::{Update, Writer};
 use mesh_core::{
-    Cidr, Health, IpFamilies, Locality, Membership, NetworkId, NetworkMode, PortMap, Service,
-    ServiceKey, Template, Text, TunnelProtocol, Vip, Visibility, Workload, WorkloadKind,
+    Cidr, Health, IpFamilies, Locality, Membership, NetworkId, NetworkMode, PolicyName, PortMap,
+    Service, ServiceKey, Template, Text, TunnelProtocol, Vip, Visibility, Workload, WorkloadKind,
+};
+use mesh_policy::{
+    Action, Policy, Predicate,
+    wire::{Authorization, Scope},
 };
 use std::{net::IpAddr, sync::Arc};
 
@@ -91,6 +95,14 @@ pub(crate) fn service(name: &str, vips: &[&str]) -> Service {
         canonical: false,
         visibility: Visibility::Public,
     }
+}
+
+/// A policy that denies everything, in the namespace that its name begins with.
+pub(crate) fn policy(name: PolicyName, scope: Scope) -> Update {
+    let namespace = name.as_str().split_once('/').unwrap().0.parse().unwrap();
+    let when = Predicate::All(vec![]);
+    let policy = Policy { name, action: Action::Deny, dry_run: false, when };
+    Update::Policy(Arc::new(Authorization { namespace, scope, policy: Arc::new(policy) }))
 }
 
 /// A writer on node `n1`.

@@ -38,7 +38,7 @@ pub(crate) struct Workloads {
 }
 
 /// How each key is hashed.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Hashes(DefaultHashBuilder);
 
 impl Hashes {
@@ -95,7 +95,7 @@ fn is(this: &Arc<Workload>) -> impl Fn(&Arc<Workload>) -> bool {
 
 impl Workloads {
     /// Where the node has no name, any workload may be a pod of ours.
-    pub(crate) fn of_node(node: Text) -> Self {
+    pub(crate) fn of_node(node: Text, hasher: DefaultHashBuilder) -> Self {
         Self {
             by_uid: Table::in_parts(PARTS),
             by_ip: Table::in_parts(PARTS),
@@ -103,7 +103,7 @@ impl Workloads {
             by_host: Table::in_parts(FEW_PARTS),
             local: Table::in_parts(FEW_PARTS),
             node,
-            hashes: Hashes::default(),
+            hashes: Hashes(hasher),
         }
     }
 
@@ -159,9 +159,9 @@ impl Workloads {
         self.by_host.find_all(hash).filter(is_it).max_by_key(|workload| rank(workload))
     }
 
-    /// Returns what it replaced.
-    pub(crate) fn insert(&mut self, workload: Arc<Workload>) -> Option<Arc<Workload>> {
-        let old = self.remove(&workload.uid);
+    /// Adds or replaces.
+    pub(crate) fn insert(&mut self, workload: Arc<Workload>) {
+        self.remove(&workload.uid);
         let hashes = &self.hashes;
         if workload.network_mode == NetworkMode::Standard {
             if !workload.ips.is_empty() {
@@ -183,7 +183,6 @@ impl Workloads {
         }
         let hash = hashes.uid_of(&workload);
         self.by_uid.insert(hash, workload, |w| hashes.uid_of(w));
-        old
     }
 
     pub(crate) fn remove(&mut self, uid: &WorkloadUid) -> Option<Arc<Workload>> {

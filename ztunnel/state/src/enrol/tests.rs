@@ -3,10 +3,8 @@ use crate::{
     Update, Writer,
     testing::{with, workload, writer},
 };
-use mesh_policy::{
-    Action, Policy, Predicate,
-    wire::{Authorization, Scope},
-};
+use mesh_policy::wire::Scope;
+use std::{sync::atomic::AtomicU32, thread};
 
 fn pod(name: &str) -> PodInfo {
     PodInfo {
@@ -17,11 +15,7 @@ fn pod(name: &str) -> PodInfo {
 }
 
 fn policy(name: &str, scope: Scope) -> Update {
-    let name: PolicyName = name.parse().unwrap();
-    let namespace = name.as_str().split_once('/').unwrap().0.parse().unwrap();
-    let when = Predicate::All(vec![]);
-    let policy = Policy { name, action: Action::Deny, dry_run: false, when };
-    Update::Policy(Arc::new(Authorization { namespace, scope, policy: Arc::new(policy) }))
+    crate::testing::policy(name.parse().unwrap(), scope)
 }
 
 fn selecting(policies: &[&str]) -> Update {
@@ -142,4 +136,39 @@ fn without_a_node_any_workload_may_be_the_pod() {
     let enrolment = writer.handle().enrol(pod("a"));
     writer.apply([workload("c//Pod/ns/a", &[]).into()]);
     assert!(enrolment.workload.borrow().is_some());
+}
+
+/// However a pod's enrolment and an update meet: here they begin at the same time, over and over, and the enrolment
+/// takes its time over the many policies.
+#[test]
+fn what_comes_while_a_pod_is_enrolled_is_told() {
+    const ROUNDS: u32 = 3000;
+    let update = |capacity| Workload { capacity, ..workload("c//Pod/ns/a", &[]) }.into();
+    let (mut writer, _first) =
+        enrolled((0..100).map(|id| policy(&format!("ns/p{id}"), Scope::Namespace)));
+    let handle = writer.handle();
+    let (asked, done) = (AtomicU32::new(0), AtomicU32::new(0));
+    let reach = |number: &AtomicU32, round| {
+        while number.load(Ordering::SeqCst) < round {
+            std::hint::spin_loop();
+        }
+    };
+    let mut missed = 0;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 1..=ROUNDS {
+                reach(&asked, round);
+                writer.apply([update(round)]);
+                done.store(round, Ordering::SeqCst);
+            }
+        });
+        for round in 1..=ROUNDS {
+            asked.store(round, Ordering::SeqCst);
+            let enrolment = handle.enrol(pod("a"));
+            reach(&done, round);
+            let known = enrolment.workload.borrow().as_ref().map(|found| found.capacity);
+            missed += u32::from(known != Some(round));
+        }
+    });
+    assert_eq!(missed, 0, "of {ROUNDS} updates");
 }

@@ -1,10 +1,10 @@
 use super::*;
-use crate::testing::{ip, key, service, serving, with, workload, writer};
+use crate::testing::{ip, key, policy, service, serving, with, workload, writer};
 use mesh_core::{Hostname, NetworkAddress, NetworkId, NetworkMode, TunnelProtocol, Visibility};
 use proptest::{collection::vec, prelude::*};
 use std::{
-    cell::Cell,
     collections::{BTreeMap, BTreeSet},
+    thread,
 };
 
 fn at(text: &str) -> NetworkAddress {
@@ -216,23 +216,6 @@ fn removal_is_by_uid_or_by_service() {
     assert_eq!(is("a/b/c"), "nothing");
 }
 
-thread_local! {
-    static TICKS: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Each look at the clock takes 100 µs: so the lock is given back after the first look past the budget.
-#[test]
-fn readers_get_their_turn() {
-    let clock = || TICKS.with(|ticks| Duration::from_micros(100) * ticks.replace(ticks.get() + 1));
-    let mut writer = writer().timed(clock);
-    let handle = writer.handle();
-    assert_eq!(handle.longest_hold(), Duration::ZERO);
-    writer.apply((0..CHUNK).map(|i| workload(&i.to_string(), &[]).into()));
-    assert_eq!(handle.read(View::workload_count), CHUNK);
-    let held = handle.longest_hold();
-    assert!(held > BUDGET && held < Duration::from_millis(1), "{held:?}");
-}
-
 /// What a mesh says of itself, in a form that can be compared.
 fn summary(handle: &Handle) -> impl PartialEq + std::fmt::Debug + use<> {
     handle.read(|view| {
@@ -281,4 +264,87 @@ proptest! {
         fresh.apply(model.into_values().map(Update::from));
         prop_assert_eq!(summary(&writer.handle()), summary(&fresh.handle()));
     }
+
+    /// The copy that is shown and, once nothing is changed any more, the other: all tables, in their order.
+    #[test]
+    fn both_copies_say_the_same(
+        steps in vec(vec(any_update(), 0..6), 0..40),
+    ) {
+        let mut writer = writer().preferring("liked".parse().unwrap());
+        let handle = writer.handle();
+        for updates in steps {
+            writer.apply(updates);
+            let mut said = Vec::new();
+            handle.change(|view| said.push(format!("{view:?}")));
+            prop_assert_eq!(&said[0], &said[1]);
+        }
+    }
+}
+
+/// Of few names, so that they meet; some of our own node, some in several tables.
+fn any_update() -> impl Strategy<Value = Update> {
+    let pod = (0u8..6, vec(0u8..4, 0..3), vec(0u8..3, 0..3), 0u32..3, any::<bool>());
+    let workload = pod.prop_map(|(id, ips, services, capacity, is_local)| {
+        let ips: Vec<_> = ips.iter().map(|ip| format!("10.0.0.{ip}")).collect();
+        let ips: Vec<_> = ips.iter().map(String::as_str).collect();
+        let pod = services.iter().fold(workload(&uid(id), &ips), |pod, service| {
+            serving(pod, &format!("ns/{service}"), &[])
+        });
+        let node = if is_local { "n1" } else { "n2" }.parse().unwrap();
+        let hostname = is_local.then(|| "pod.host".parse().unwrap());
+        Workload { capacity, node, hostname, ..pod }.into()
+    });
+    let vips = ["10.9.0.1", "10.9.0.0/16", "10.9.0.2"];
+    let service = (0u8..3, proptest::sample::subsequence(vips.to_vec(), 0..=3))
+        .prop_map(|(id, vips)| service(&format!("ns/{id}"), &vips).into());
+    let scope =
+        || prop_oneof![Just(Scope::Global), Just(Scope::Namespace), Just(Scope::WorkloadSelector)];
+    let name = || (0u8..3).prop_map(|id| format!("ns/p{id}").parse::<PolicyName>().unwrap());
+    prop_oneof![
+        4 => workload,
+        2 => service,
+        2 => (0u8..6).prop_map(|id| Update::RemoveWorkload(uid(id).parse().unwrap())),
+        1 => (0u8..3).prop_map(|id| Update::RemoveService(key(&format!("ns/{id}")))),
+        1 => (name(), scope()).prop_map(|(name, scope)| policy(name, scope)),
+        1 => (name(), proptest::option::of(scope()))
+            .prop_map(|(name, scope)| Update::RejectPolicy(name, scope)),
+        1 => name().prop_map(Update::RemovePolicy),
+    ]
+}
+
+fn uid(id: u8) -> String {
+    format!("c//Pod/ns/{id}")
+}
+
+/// One workload is in several tables; its capacity says which update it is of.
+#[test]
+fn readers_see_whole_updates_in_order() {
+    const LAST: u32 = 3000;
+    let mut writer = writer();
+    let pod = serving(workload(&uid(0), &["10.0.0.1", "10.0.0.2"]), "ns/a", &[]);
+    let update = |capacity| Workload { capacity, ..pod.clone() }.into();
+    writer.apply([update(0)]);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            let handle = writer.handle();
+            scope.spawn(move || {
+                let (uid, mut before) = (uid(0).parse().unwrap(), 0);
+                while before < LAST {
+                    let seen = handle.read(|view| {
+                        let capacity = |found: Option<Arc<Workload>>| found.unwrap().capacity;
+                        [
+                            capacity(view.workload(&uid)),
+                            capacity(view.workload_at(&at("10.0.0.1"))),
+                            capacity(view.workload_at(&at("10.0.0.2"))),
+                            capacity(view.endpoints(&key("ns/a")).first().cloned()),
+                        ]
+                    });
+                    assert_eq!(seen, [seen[0]; 4]);
+                    assert!(seen[0] >= before, "{} after {before}", seen[0]);
+                    before = seen[0];
+                }
+            });
+        }
+        (1..=LAST).for_each(|capacity| writer.apply([update(capacity)]));
+    });
 }
