@@ -6,7 +6,11 @@ use anyhow::{Context as _, Result};
 use mesh_tests::wait::pause;
 use tokio::time::Instant;
 
-use crate::{process::Memory, scene::Scene, workloads};
+use crate::{
+    process::{Memory, Usage},
+    scene::Scene,
+    workloads,
+};
 
 /// Long enough that what is freed late is freed, and what is fetched at start is there.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -55,6 +59,8 @@ pub struct Loaded {
     pub workloads: u32,
     /// From the start of the process until it said that it is ready.
     pub seconds: f64,
+    /// Processor seconds until then.
+    pub cpu: f64,
     /// Its memory some seconds later.
     pub memory: Memory,
 }
@@ -70,8 +76,10 @@ pub fn loaded(scene: &Scene, sizes: &[u32]) -> Result<Vec<Loaded>> {
         let mut proxy = scene.start_loader(&node, &file)?;
         proxy.wait_ready(LOADED)?;
         let seconds = began.elapsed().as_secs_f64();
+        let id = proxy.program().id();
+        let cpu = Usage::of(id)?.cpu;
         pause(SETTLE);
-        seen.push(Loaded { workloads: size, seconds, memory: Memory::of(proxy.program().id())? });
+        seen.push(Loaded { workloads: size, seconds, cpu, memory: Memory::of(id)? });
     }
     Ok(seen)
 }

@@ -251,6 +251,7 @@ impl Report {
             "workloads",
             "seconds",
             "ref",
+            "CPU s",
             "RSS, MB",
             "ref",
             "of ref",
@@ -270,6 +271,7 @@ impl Report {
                 loaded.workloads.to_string(),
                 format!("{:.2}", loaded.seconds),
                 shown(seconds_quoted, 1),
+                format!("{:.2}", loaded.cpu),
                 shown(rss, 1),
                 shown(rss_quoted, 0),
                 verdict(over(rss, rss_quoted), 0.5),
@@ -298,7 +300,7 @@ impl Report {
             .map(|held| json!({ "connections": held.connections, "rss_kib": held.rss, "anonymous_kib": held.anonymous }));
         let loaded = self.loaded.iter().map(|loaded| {
             json!({
-                "workloads": loaded.workloads, "seconds": loaded.seconds, "rss_kib": loaded.memory.rss,
+                "workloads": loaded.workloads, "seconds": loaded.seconds, "cpu": loaded.cpu, "rss_kib": loaded.memory.rss,
                 "peak_kib": loaded.memory.peak,
             })
         });
@@ -369,11 +371,15 @@ mod tests {
         let loaded = vec![Loaded {
             workloads: 100_000,
             seconds: 1.0,
+            cpu: 0.75,
             memory: Memory { rss: 50_000, anonymous: 40_000, peak: 400_000 },
         }];
         let text = Report { held, loaded, ..Report::default() }.text();
         assert!(text.contains("3.07") && text.contains("0.50 OVER 0.5"), "{text}");
-        assert!(text.contains("0.41 ok 0.5") && text.contains("0.68 OVER 0.5"), "{text}");
+        assert!(
+            text.contains("0.75") && text.contains("0.41 ok 0.5") && text.contains("0.68 OVER 0.5"),
+            "{text}"
+        );
     }
 
     use crate::process::Memory;
