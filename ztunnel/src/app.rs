@@ -34,7 +34,7 @@ use mesh_runtime::{
     ready::Readiness,
     signal::{Signals, Trigger},
     tasks::Tasks,
-    threads::{self, Workers},
+    threads::{self, Background, Workers},
 };
 use mesh_state::{Handle, Writer};
 use mesh_xds::Known;
@@ -94,7 +94,8 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let state = writer.handle();
     watch_state(&doors.registry, &state);
     let sources = Sources::new(writer, &doors.dump);
-    let (demand, known) = load(&config, sources, &doors, &base)?;
+    let background = Background::start("state", give_way).context("start a thread")?;
+    let (demand, known) = load(&config, sources, &doors, (&base, background.handle()))?;
 
     let certificates = certificates(&config, &doors.registry, &base)?;
     let dumped = certificates.clone();
@@ -145,6 +146,7 @@ async fn serve(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
         () = signals.exit_on_interrupt() => {}
     }
     base.cancel();
+    background.shutdown(LAST_LINES);
     workers.shutdown(LAST_LINES);
     Ok(if broken { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -231,23 +233,30 @@ fn watch_state(registry: &Registry, state: &Handle) {
     });
 }
 
-/// Has workloads, services and policies come. Returns whom to ask for those that do not come by themselves, and when
-/// the others have come.
+/// The thread on which updates are applied comes after those of the data path.
+fn give_way() {
+    if let Err(error) = mesh_platform::threads::give_way() {
+        tracing::warn!(%error, "updates of the mesh are applied at the data path's expense");
+    }
+}
+
+/// Has workloads, services and policies come, from now on in the background. Returns whom to ask for those that do
+/// not come by themselves, and when the others have come.
 fn load(
     config: &Config,
     sources: Sources,
     doors: &Doors,
-    base: &Tasks,
+    background: (&Tasks, &tokio::runtime::Handle),
 ) -> anyhow::Result<(Demand, Known)> {
     let Doors { registry, readiness, dump, .. } = doors;
     let is_local = matches!(config.resources, Resources::File(_) | Resources::Inline(_));
     sources.show_static(dump, is_local);
     match &config.resources {
         Resources::ControlPlane(remote) => {
-            let with = (registry, readiness, base);
-            return control_plane::follow(config, remote, sources, with);
+            let doors = (registry, readiness);
+            return control_plane::follow(config, remote, sources, doors, background);
         }
-        Resources::File(path) => resources::watch(path, sources, base)?,
+        Resources::File(path) => resources::watch(path, sources, background)?,
         Resources::Inline(text) => resources::inline(text, sources)?,
         Resources::Nothing => {
             tracing::warn!("no source of workloads: set XDS_ADDRESS, or LOCAL_XDS_PATH in a lab")

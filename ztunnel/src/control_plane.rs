@@ -22,6 +22,7 @@ use mesh_xds::{
     client::{self, Client},
 };
 use std::{sync::Arc, time::Duration};
+use tokio::runtime::Handle;
 
 fn plane(remote: &Remote, options: Options, tasks: &Tasks) -> anyhow::Result<ControlPlane> {
     let also_named = remote.also_named.clone().map(TryInto::try_into).transpose();
@@ -35,8 +36,8 @@ fn plane(remote: &Remote, options: Options, tasks: &Tasks) -> anyhow::Result<Con
         .with_context(|| format!("use the control plane at {}", remote.address))
 }
 
-/// Has the control plane's resources applied from now on. Returns whom to ask for those that do not come by
-/// themselves, and when the others have come.
+/// Has the control plane's resources applied from now on, on this runtime. Returns whom to ask for those that do not
+/// come by themselves, and when the others have come.
 ///
 /// # Errors
 ///
@@ -45,7 +46,8 @@ pub(crate) fn follow(
     config: &Config,
     remote: &Remote,
     sources: Sources,
-    (registry, readiness, tasks): (&Registry, &Readiness, &Tasks),
+    (registry, readiness): (&Registry, &Readiness),
+    (tasks, runtime): (&Tasks, &Handle),
 ) -> anyhow::Result<(Demand, Known)> {
     let Config { control_plane: settings, node, .. } = config;
     let plane = plane(remote, config.tls.options, tasks)?;
@@ -67,7 +69,7 @@ pub(crate) fn follow(
     };
     let (client, demand) = Client::new(settings, plane, sources, (registry, readiness))?;
     let known = client.known();
-    tasks.spawn(|draining| client.run(draining));
+    tasks.spawn_on(runtime, |draining| client.run(draining));
     Ok((if on_demand { Demand::of(demand) } else { Demand::default() }, known))
 }
 

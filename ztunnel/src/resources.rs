@@ -14,6 +14,7 @@ use std::{
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
+use tokio::runtime::Handle;
 
 /// The writer of the state, behind the handlers of its sources.
 #[derive(Debug)]
@@ -119,16 +120,20 @@ impl Handler<Authorization> for Sources {
     }
 }
 
-/// Reads a file now, and again when it changes.
+/// Reads a file now, and again on this runtime when it changes.
 ///
 /// # Errors
 ///
 /// Returns what is wrong with it.
-pub(crate) fn watch(path: &Path, mut sources: Sources, tasks: &Tasks) -> anyhow::Result<()> {
+pub(crate) fn watch(
+    path: &Path,
+    mut sources: Sources,
+    (tasks, runtime): (&Tasks, &Handle),
+) -> anyhow::Result<()> {
     let path = path.to_owned();
     let (loaded, report) = file::load(&Source::Path(path.clone()), &mut sources)?;
     tracing::info!(path = %path.display(), ?report, "the local file is loaded");
-    tasks.spawn(move |draining| file::watch(path, loaded, sources, draining));
+    tasks.spawn_on(runtime, move |draining| file::watch(path, loaded, sources, draining));
     Ok(())
 }
 

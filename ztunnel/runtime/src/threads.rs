@@ -1,4 +1,4 @@
-//! The worker threads of the data path, and the runtime of everything else.
+//! The worker threads of the data path, the runtime of everything else, and a thread for what takes long.
 //!
 //! Their flavour is decided here alone. Code elsewhere may assume only that a task spawned on a handle stays
 //! with that handle, and that all futures are `Send`.
@@ -179,6 +179,47 @@ fn one_runtime_each(count: NonZeroUsize) -> io::Result<(Vec<Handle>, Stop)> {
     Ok((handles, Stop::Threads { stop: stops.into(), ended }))
 }
 
+/// One more thread with a runtime of its own: what takes long there keeps neither the data path nor the control
+/// runtime.
+#[derive(Debug)]
+pub struct Background {
+    handle: Handle,
+    stop: Arc<Notify>,
+    ended: Receiver<()>,
+}
+
+impl Background {
+    /// Starts it under this name. It first does this.
+    ///
+    /// # Errors
+    /// When the kernel gives no more threads or descriptors.
+    pub fn start(name: &str, first: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let stop = Arc::new(Notify::new());
+        let stopped = Arc::clone(&stop);
+        let (end, ended) = sync_channel(1);
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            first();
+            run(runtime, &stopped, &end);
+        })?;
+        Ok(Self { handle, stop, ended })
+    }
+
+    /// Where to spawn.
+    #[must_use]
+    pub const fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Ends the thread and drops its tasks; waits at most so long. True if it ended. Blocks, as
+    /// [`Workers::shutdown`] does.
+    pub fn shutdown(self, deadline: Duration) -> bool {
+        self.stop.notify_one();
+        self.ended.recv_timeout(deadline).is_ok()
+    }
+}
+
 fn run(runtime: Runtime, stop: &Notify, end: &SyncSender<()>) {
     runtime.block_on(stop.notified());
     // Drops the tasks; does not wait for blocking ones, of which the data path has none.
@@ -198,7 +239,7 @@ const fn mix(key: u64) -> u64 {
     key ^ (key >> 31)
 }
 
-/// The runtime of admin, xDS and certificates: single-threaded, run by the main thread.
+/// The runtime of all that is quick, such as admin and certificates: single-threaded, run by the main thread.
 ///
 /// # Errors
 /// When the kernel gives no more descriptors.
@@ -275,6 +316,18 @@ mod tests {
         });
         assert!(workers.shutdown(Duration::from_secs(10)));
         assert!(dropped.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn the_background_is_a_thread_of_its_own() {
+        let (tell, told) = sync_channel(1);
+        let background = Background::start("behind", move || {
+            tell.send(thread::current().name().unwrap_or_default().to_owned()).unwrap();
+        });
+        let background = background.unwrap();
+        assert_eq!(told.recv().unwrap(), "behind", "what it first does is done there");
+        assert_eq!(thread_of(background.handle()), "behind");
+        assert!(background.shutdown(Duration::from_secs(10)));
     }
 
     #[test]
