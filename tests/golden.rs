@@ -8,8 +8,10 @@ use mesh_tests::{
 };
 use serde_json::{Value, json};
 
-/// Made by `lab xds -raw` with the objects of `tests/realmesh/mesh` in a real API server.
+/// Made by `tests/realmesh/scripts/golden.sh` with the objects of `tests/realmesh/mesh` in a real API server.
 const SENT: &str = include_str!("realmesh/golden/istio-1.29.1.txt");
+/// Entries and policies of these objects, as they are to be known.
+const ENTRIES: &str = include_str!("istiod/entries.json");
 
 type Named<'a> = Vec<(&'a str, Vec<u8>)>;
 
@@ -40,7 +42,7 @@ fn what_istiod_sends_is_accepted_and_read() {
     let control = ControlPlane::start(&scene.lab).unwrap();
     scene.a.start_proxy(&control.settings()).unwrap();
     let (addresses, policies) = (sent("address"), sent("authorization"));
-    assert!(addresses.len() > 40 && policies.len() == 3, "the golden file is cut");
+    assert!(addresses.len() > 70 && policies.len() == 13, "the golden file is cut");
     control.push(Kind::Address, &addresses);
     control.push(Kind::Authorization, &policies);
     let whole = |dump: &Value| {
@@ -77,6 +79,17 @@ fn find<'a>(dump: &'a Value, list: &str, key: &str, value: &str) -> &'a Value {
 }
 
 fn details(dump: &Value) {
+    let entries: Value = serde_json::from_str(ENTRIES).unwrap();
+    for policy in entries.get("policies").and_then(Value::as_array).unwrap() {
+        let found = find(dump, "policies", "/name", policy["name"].as_str().unwrap());
+        assert_eq!(found, policy);
+    }
+    for entry in entries.get("workloads").and_then(Value::as_array).unwrap() {
+        let found = find(dump, "workloads", "/uid", entry["uid"].as_str().unwrap());
+        for key in ["locality", "network", "capacity", "hostname", "serviceAccount", "services"] {
+            assert_eq!(found.get(key), entry.get(key), "{key} of {}", entry["uid"]);
+        }
+    }
     let web = find(dump, "workloads", "/uid", "Kubernetes//Pod/shop/web-1");
     for (pointer, expect) in [
         ("/protocol", json!("HBONE")),

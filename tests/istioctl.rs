@@ -13,30 +13,13 @@ use std::{fs, path::PathBuf, process::Command};
 
 use mesh_tests::{
     mesh::{hostname, identity},
-    program::installed,
+    realmesh,
     scene::{TCP, web},
     wait::{self, SOON},
 };
 use serde_json::Value;
 
 use crate::world::World;
-
-/// Where tests/realmesh builds it.
-const BUILT: &str = "/root/.cache/ambient-mesh/realmesh/bin/istioctl";
-
-/// The program: where `MESH_ISTIOCTL` says, or where it is built, or on the path.
-fn binary() -> PathBuf {
-    let told = std::env::vars_os().find(|(key, _)| key == "MESH_ISTIOCTL");
-    let places = told.map(|(_, path)| path.into()).into_iter().chain([BUILT.into()]);
-    let found = places.into_iter().find(|path: &PathBuf| path.is_file());
-    let found = found.or_else(|| installed("istioctl"));
-    assert!(
-        found.is_some(),
-        "no istioctl: build it in tests/realmesh with Go 1.26 or later, by `go build -o {BUILT} ./cmd/istioctl`, or \
-         run `tests/run realmesh`"
-    );
-    found.unwrap()
-}
 
 struct Istioctl {
     program: PathBuf,
@@ -76,7 +59,7 @@ fn row(rows: &[Vec<String>], column: usize, value: &str) -> Vec<String> {
 
 #[test]
 fn istioctl_reads_the_dump() {
-    let program = binary();
+    let program = realmesh::program("istioctl").unwrap();
     let world = World::start(&[]).unwrap();
     let scene = &world.scene;
     wait::retry("an echo", SOON, || scene.client.tcp(web(TCP)[0], &["echo", "x"])?.ok()).unwrap();

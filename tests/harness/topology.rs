@@ -35,6 +35,8 @@ pub struct Lab(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     nodes: Mutex<Vec<Node>>,
+    /// Held while a node is made: each gets a number, and routes to all others.
+    making: Mutex<()>,
     wire: Namespace,
     ztunnel: PathBuf,
     /// The last to go: it takes away all the rest.
@@ -65,7 +67,13 @@ impl Lab {
         for folder in ["programs", "ca", "pins"] {
             std::fs::create_dir(instance.folder().join(folder))?;
         }
-        Ok(Self(Arc::new(Inner { nodes: Mutex::default(), wire, ztunnel, instance })))
+        Ok(Self(Arc::new(Inner {
+            nodes: Mutex::default(),
+            making: Mutex::default(),
+            wire,
+            ztunnel,
+            instance,
+        })))
     }
 
     /// What it is called.
@@ -113,6 +121,7 @@ impl Lab {
 
     /// Another node, with routes to and from the pods of the others.
     pub fn node(&self, name: &str) -> Result<Node> {
+        let _making = locked(&self.0.making);
         let number = u8::try_from(self.nodes().len() + 1).context("too many nodes")?;
         let namespace = Namespace::create(&self.0.instance.name(name))?;
         let forward = ["ipv4/ip_forward", "ipv6/conf/all/forwarding"];

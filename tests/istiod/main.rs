@@ -3,6 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod cluster;
 mod faults;
+mod kubernetes;
 mod mesh;
+mod oracle;
+mod tokens;
 mod world;

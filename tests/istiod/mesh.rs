@@ -4,14 +4,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_tests::{
-    Node,
     scene::web,
     topology::NAMESPACE,
     wait::{self, SOON},
 };
 use serde_json::Value;
 
-use crate::world::{World, dump, pod, uids};
+use crate::world::{World, dump, pod, refusals, uids};
 
 const CONVERTED: &str = "istio-system/istio_converted_static_strict";
 
@@ -53,11 +52,7 @@ fn its_mesh_its_certificates_and_its_pushes() {
     };
     world.scene.b.with_proxy(|proxy| proxy.wait_dump("STRICT", refers)).unwrap();
     world.works();
-    let refused = |node: &Node| {
-        let metrics = node.with_proxy(|proxy| proxy.metrics()).unwrap();
-        metrics.samples().iter().filter(|s| s.name.contains("nack")).map(|s| s.value).sum::<f64>()
-    };
-    assert!(refused(&world.scene.a) + refused(&world.scene.b) < 0.5, "something was refused");
+    assert!(refusals(&world.scene.a) + refusals(&world.scene.b) < 0.5, "something was refused");
 }
 
 #[test]

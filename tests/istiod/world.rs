@@ -230,3 +230,10 @@ pub(crate) fn uids(dump: &Value) -> Vec<&str> {
     let workloads = dump["workloads"].as_array().unwrap();
     workloads.iter().filter_map(|workload| workload["uid"].as_str()).collect()
 }
+
+/// How many responses its node proxy has refused, or parts of them.
+pub(crate) fn refusals(node: &Node) -> f64 {
+    let metrics = node.with_proxy(|proxy| proxy.metrics()).unwrap();
+    let refused = |name: &str| name.contains("nack") || name.contains("rejected_resources");
+    metrics.samples().iter().filter(|s| refused(&s.name)).map(|s| s.value).sum()
+}

@@ -60,6 +60,6 @@ start containerd containerd --config "$d/containerd.toml"
 ctr=(ctr -a "$d/containerd.sock" -n k8s.io)
 upto "${ctr[@]}" version
 python3 "$here/image.py" "$bin/app" lab.test/app:1 "$d/app.tar"; "${ctr[@]}" images import "$d/app.tar"
-[ "${SCHEDULER:-}" = no ] || start scheduler "$bin/node" scheduler --kubeconfig "$run/kubeconfig" --leader-elect=false --bind-address 127.0.0.1
-start kubelet "$bin/node" kubelet --config "$d/kubelet.yaml" --kubeconfig "$run/kubeconfig" --root-dir "$d/kubelet" --cert-dir "$d/pki" \
+[ "${SCHEDULER:-}" = no ] || start scheduler "$bin/kube" scheduler --kubeconfig "$run/kubeconfig" --leader-elect=false --bind-address 127.0.0.1
+start kubelet "$bin/kube" kubelet --config "$d/kubelet.yaml" --kubeconfig "$run/kubeconfig" --root-dir "$d/kubelet" --cert-dir "$d/pki" \
   --hostname-override "$name" --node-ip "${NODE_IP:-192.0.2.1}" --v=2
