@@ -3,7 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | `frame`, `hpack`, `fields` | what is on the wire |
-//! | `state` | a connection's streams and windows, without its socket |
+//! | `state`, `shared` | a connection's streams and windows, without its socket; and under their lock |
 //! | `receive`, `meaning`, `send` | frames into the state, what they mean to it, and out of it |
 //! | `queue` | what waits on a stream |
 //! | `drive` | the task that moves a connection |
@@ -22,6 +22,7 @@ mod meaning;
 mod queue;
 mod receive;
 mod send;
+mod shared;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -31,7 +32,7 @@ pub(crate) use self::{
     fields::{Request, Response},
     frame::{Error, Reason},
     hold::{Asked, Got, Raw, Requests},
-    state::Shared,
+    shared::Shared,
 };
 use crate::{
     error::{Dead, Http2Error},

@@ -5,7 +5,8 @@ use super::{
     frame::{By, Error, Reason},
     hold::{Raw, Requests, next_request},
     receive::{Parser, Piece},
-    state::{Half, Inner, Leaving, Role, Shared},
+    shared::Shared,
+    state::{Entry, Inner, Leaving, Role, want},
 };
 use crate::{Settings, tls::TlsStream};
 use bytes::Bytes;
@@ -106,22 +107,19 @@ impl Driver {
                     return Poll::Pending;
                 }
                 (Poll::Pending, sent) => {
-                    let over = self.shared.with(|inner| {
-                        if inner.is_over() {
-                            return true;
-                        }
+                    let (over, more) = self.shared.with(|inner| {
                         match &mut inner.driver {
                             Some(waker) => waker.clone_from(cx.waker()),
                             none => *none = Some(cx.waker().clone()),
                         }
-                        false
+                        (inner.is_over(), inner.has_output())
                     });
                     if over {
                         self.finish(&Error::Closed, Some(Reason::NO_ERROR));
                         continue;
                     }
                     // All was sent, and something may have come up meanwhile.
-                    if sent.is_ready() && self.shared.with(|inner| inner.has_output()) {
+                    if sent.is_ready() && more {
                         continue;
                     }
                     return Poll::Pending;
@@ -192,15 +190,9 @@ impl Driver {
                     break;
                 }
             }
-            let keeps = |piece: &Piece| piece.range.len() >= WHOLE;
-            let mut whole = None;
-            if pieces.iter().any(|piece| keeps(piece) && inner.may_share(piece)) {
-                whole = Some(tls.freeze());
-            }
+            let whole = inner.may_share_any(pieces).then(|| tls.freeze());
             let plain = whole.as_deref().unwrap_or_else(|| tls.plain());
-            for piece in &*pieces {
-                inner.deliver(piece, whole.as_ref().filter(|_| keeps(piece)), plain);
-            }
+            inner.deliver(pieces, whole.as_ref(), plain);
             read
         });
         tls.done();
@@ -255,34 +247,42 @@ impl Inner {
         }
     }
 
-    /// Whether a piece may keep the buffer that it lies in.
-    fn may_share(&self, piece: &Piece) -> bool {
-        self.entries.get(piece.key).is_some_and(|e| e.id == piece.id && e.held && e.shared < SHARED)
+    /// Whether one of these pieces may keep the buffer that they lie in.
+    pub(super) fn may_share_any(&self, pieces: &[Piece]) -> bool {
+        pieces.iter().any(|piece| {
+            let entry = self.entries.get(piece.key).filter(|entry| entry.takes(piece));
+            piece.range.len() >= WHOLE && entry.is_some_and(|entry| entry.shared < SHARED)
+        })
     }
 
-    /// Adds what was received to its stream.
-    fn deliver(&mut self, piece: &Piece, whole: Option<&Bytes>, plain: &[u8]) {
-        let may_share = self.may_share(piece);
-        let Some(entry) = self.entries.get_mut(piece.key) else { return };
-        // It may be over since, or another's place.
-        if entry.id != piece.id
-            || !entry.held
-            || (entry.error.is_some() && entry.receiving != Half::Ended)
-        {
-            return;
-        }
-        match whole.filter(|_| may_share) {
-            Some(whole) => {
-                let fits = piece.range.end <= whole.len();
-                if fits {
-                    entry.received.put(whole.slice(piece.range.clone()));
+    /// Adds what was received, which lies in `plain`, to its streams; `whole` is the buffer, where it may be shared.
+    pub(super) fn deliver(&mut self, pieces: &[Piece], whole: Option<&Bytes>, plain: &[u8]) {
+        self.batch = self.batch.wrapping_add(1);
+        for piece in pieces {
+            let bytes = plain.get(piece.range.clone()).unwrap_or_default();
+            let entry = self.entries.get_mut(piece.key).filter(|entry| entry.takes(piece));
+            let Some(entry) = entry else { continue };
+            let first = entry.batch != self.batch;
+            let shares = bytes.len() >= WHOLE && (!first || entry.shared < SHARED);
+            match whole.filter(|_| shares) {
+                Some(whole) => {
+                    if first {
+                        entry.batch = self.batch;
+                        entry.shared += 1;
+                    }
+                    entry.received.put(whole.slice_ref(bytes));
                 }
+                None => entry.received.put_copy(bytes),
             }
-            None => {
-                entry.received.put_copy(plain.get(piece.range.clone()).unwrap_or_default());
-            }
+            self.tell(piece.key, want::READ);
         }
-        self.tell(piece.key, super::state::want::READ);
+    }
+}
+
+impl Entry {
+    /// Whether a piece is for this stream: it may be over since, or its place another's.
+    const fn takes(&self, piece: &Piece) -> bool {
+        self.id == piece.id && self.held
     }
 }
 

@@ -3,7 +3,8 @@
 use super::{
     fields::{Request, Response},
     frame::{By, Error, Reason},
-    state::{Half, Head, Inner, Shared, listed, want},
+    shared::Shared,
+    state::{Half, Head, Inner, listed, want},
 };
 use crate::parcel::{Chunk, MOST_PAYLOAD};
 use std::{
@@ -48,6 +49,14 @@ fn cut(error: &Error) -> Option<io::Error> {
         Error::Reset(Reason::NO_ERROR, By::Peer, _) => None,
         Error::Io(kind, _) => Some(io::Error::new(*kind, error.clone())),
         _ => Some(io::Error::new(io::ErrorKind::ConnectionReset, error.clone())),
+    }
+}
+
+/// Why nothing can be sent: fine where the peer wants no more.
+fn closed(error: Option<&Error>) -> io::Result<()> {
+    match error {
+        Some(error) => cut(error).map_or(Ok(()), Err),
+        None => Err(io::ErrorKind::BrokenPipe.into()),
     }
 }
 
@@ -108,11 +117,7 @@ impl Raw {
                 return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             };
             if entry.sending != Half::Open {
-                let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
-                return Poll::Ready(match entry.error.as_deref() {
-                    Some(error) => cut(error).map_or(Ok(0), Err),
-                    None => Err(broken()),
-                });
+                return Poll::Ready(closed(entry.error.as_deref()).map(|()| 0));
             }
             let queued = usize::try_from(entry.queued).unwrap_or(usize::MAX);
             let reserved = i64::from(entry.reserved);
@@ -152,10 +157,7 @@ impl Raw {
                 inner.queue(self.key, chunk);
                 return Ok(());
             }
-            match entry.error.as_deref() {
-                Some(error) => cut(error).map_or(Ok(()), Err),
-                None => Err(io::ErrorKind::BrokenPipe.into()),
-            }
+            closed(entry.error.as_deref())
         })
     }
 

@@ -11,7 +11,7 @@ use crate::Settings;
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     task::Waker,
@@ -99,6 +99,8 @@ pub(super) struct Entry {
     pub(super) held: bool,
     /// Batches that pieces in the queue share the memory of.
     pub(super) shared: u8,
+    /// The last of those.
+    pub(super) batch: u32,
     /// The answer has come: what else comes is the end.
     pub(super) answered: bool,
     pub(super) head: Head,
@@ -164,6 +166,8 @@ pub(super) struct Inner {
     pub(super) send_window: i64,
     pub(super) receive_window: i64,
     pub(super) unreleased: u32,
+    /// Batches that were delivered.
+    pub(super) batch: u32,
     /// The largest number of a stream so far.
     pub(super) last: u32,
     pub(super) local_resets: u32,
@@ -181,39 +185,10 @@ pub(super) struct Inner {
     /// How many may still open streams.
     pub(super) holders: usize,
     pub(super) driver: Option<Waker>,
-    wake: Vec<Waker>,
+    /// Whom to wake once the lock is given back.
+    pub(super) wake: Vec<Waker>,
     /// What the peer takes, for who does not want the lock.
     pub(super) most: Arc<AtomicUsize>,
-}
-
-/// A connection's state, shared by who drives it and who holds its streams.
-#[derive(Debug)]
-pub(crate) struct Shared(Mutex<Inner>);
-
-impl Shared {
-    pub(super) fn new(inner: Inner) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(inner)))
-    }
-
-    /// Does something to it, and wakes, with the lock given back, whom that concerns.
-    pub(super) fn with<T>(&self, action: impl FnOnce(&mut Inner) -> T) -> T {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = action(&mut inner);
-        if inner.wake.is_empty() {
-            return result;
-        }
-        if inner.wake.len() == 1 {
-            // The usual case keeps the list's memory.
-            let only = inner.wake.pop();
-            drop(inner);
-            only.into_iter().for_each(Waker::wake);
-        } else {
-            let all = std::mem::take(&mut inner.wake);
-            drop(inner);
-            all.into_iter().for_each(Waker::wake);
-        }
-        result
-    }
 }
 
 impl Inner {
@@ -247,6 +222,7 @@ impl Inner {
             send_window: INITIAL_WINDOW.into(),
             receive_window: limits.connection_window.into(),
             unreleased: 0,
+            batch: 0,
             last: 0,
             local_resets: 0,
             greeted: false,
@@ -328,6 +304,7 @@ impl Inner {
             listed: 0,
             held: true,
             shared: 0,
+            batch: 0,
             answered: self.role == Role::Server,
             head,
             waker: None,
@@ -401,7 +378,7 @@ impl Inner {
         }
     }
 
-    /// Gives back room that a stream does not use; a stream that has ended has no window to give it back to.
+    /// Gives back room that a stream does not use.
     pub(super) fn unreserve(&mut self, key: usize) {
         let Some(entry) = self.entries.get_mut(key) else { return };
         let room = std::mem::take(&mut entry.reserved);
@@ -476,13 +453,11 @@ impl Inner {
 
     /// We cut a stream off. What was received and not taken is dropped.
     pub(super) fn reset(&mut self, key: usize, reason: Reason, error: Error) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        let open = entry.id != 0 && self.find(self.entries.get(key).map_or(0, |e| e.id)).is_some();
+        let Some(id) = self.entries.get(key).map(|entry| entry.id) else { return };
+        if self.find(id).is_some() {
+            put(&mut self.control, kind::RST_STREAM, 0, id, &reason.0.to_be_bytes());
+        }
         if let Some(entry) = self.entries.get_mut(key) {
-            if open {
-                let code = reason.0.to_be_bytes();
-                put(&mut self.control, kind::RST_STREAM, 0, entry.id, &code);
-            }
             entry.received.clear();
         }
         self.fail(key, error);
