@@ -12,7 +12,7 @@ use mesh_proto::istio::{
 use mesh_tests::{
     Program, Scene,
     ca::Authority,
-    control_plane::{ControlPlane, Fault, Kind, Seen},
+    control_plane::{ControlPlane, Fault, Kind, Order, Seen},
     hbone::{Dial, Tunnel, refused},
     mesh::{hostname, identity, principal},
     scene::{HTTP, TCP, web},
@@ -273,6 +273,53 @@ fn a_policy_that_is_not_understood_denies_at_once() {
     let policy = Authorization { action: Action::Deny.into(), ..policy };
     world.control.push(Kind::Authorization, &[(&name, policy.encode_to_vec())]);
     world.works();
+}
+
+/// What a policy says cannot be known when its bytes cannot be read; whom it applies to can, or it is taken for one
+/// of all pods of its namespace, and in Istio's own namespace for one of all pods.
+#[test]
+fn a_policy_that_cannot_be_read_denies_at_once() {
+    let world = World::start(&[]);
+    world.works();
+    let mut open = world.open();
+    // A list of rules that ends before it says that it does.
+    let cut = [0x2a, 0x7f];
+    let scoped = |scope: Scope| {
+        let policy = Authorization { scope: scope.into(), ..Authorization::default() };
+        [policy.encode_to_vec().as_slice(), &cut].concat()
+    };
+    let own = format!("{NAMESPACE}/cut");
+    let cases: [(&str, Vec<u8>, bool); 6] = [
+        (&own, scoped(Scope::Namespace), true),
+        (&own, scoped(Scope::WorkloadSelector), false),
+        (&own, cut.to_vec(), true),
+        ("elsewhere/cut", scoped(Scope::Namespace), false),
+        ("elsewhere/cut", cut.to_vec(), false),
+        ("istio-system/cut", cut.to_vec(), true),
+    ];
+    for (name, bytes, denies) in cases {
+        let case = format!("{name} {bytes:x?}");
+        let mark = world.control.mark();
+        world.control.push(Kind::Authorization, &[(name, bytes.clone())]);
+        let refused = |seen: &Seen| seen.node == "b" && seen.complaint().starts_with(name);
+        world.control.wait_seen("a refusal", mark, refused).unwrap();
+        let since = world.scene.b.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
+        let asked = world.scene.ask(&world.scene.client, web(80)[0]);
+        assert_eq!(asked.is_err(), denies, "{case}");
+        if denies {
+            let line = world.scene.b.with_proxy(|proxy| {
+                proxy.wait_access(since, "the denial", |line| line.field("error").contains(name))
+            });
+            let line = line.unwrap();
+            let took: u64 = line.field("duration").strip_suffix("ms").unwrap().parse().unwrap();
+            assert!(took < 2_000, "{case}: it waited: {}", line.text);
+        }
+        assert!(open.is_running(), "{case}: {}", open.output());
+        let gone = vec![name.to_owned()];
+        let order = Order::new(Kind::Authorization, [], gone);
+        let _told = world.control.deliver(&order);
+        world.works();
+    }
 }
 
 #[test]

@@ -47,7 +47,7 @@ impl Said {
 fn upserts<T>(updates: Vec<Update<T>>) -> impl Iterator<Item = (String, T)> {
     updates.into_iter().filter_map(|update| match update {
         Update::Upsert { name, resource } => Some((name, resource)),
-        Update::Remove { .. } => None,
+        Update::Unreadable { .. } | Update::Remove { .. } => None,
     })
 }
 

@@ -7,7 +7,7 @@ use mesh_tests::{
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
-use std::{fs, net::SocketAddr};
+use std::{fs, net::SocketAddr, path::Path};
 
 use crate::start;
 
@@ -59,10 +59,39 @@ fn a_reset_arrives_as_a_reset() {
     }
 }
 
-/// Descriptors that a node's proxy has open.
-fn descriptors(node: &Node) -> usize {
+/// What a node's proxy has open: what each descriptor leads to. A thread of it keeps a descriptor of its own
+/// namespace from when it first enters another, and eight pipes at most: those are looked at, and left out.
+fn descriptors(node: &Node) -> Vec<String> {
     let pid = node.with_proxy(|proxy| Ok(proxy.program().id())).unwrap();
-    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    let process = Path::new("/proc").join(pid.to_string());
+    let list = |name| fs::read_dir(process.join(name)).unwrap();
+    // One that was closed while the directory was read leads nowhere.
+    let target = |entry: fs::DirEntry| fs::read_link(entry.path()).ok();
+    let all = list("fd").filter_map(|entry| Some(target(entry.unwrap())?.display().to_string()));
+    let (pipes, mut rest): (Vec<_>, Vec<_>) = all.partition(|one| one.starts_with("pipe:"));
+    let threads = list("task").count();
+    assert!(pipes.len() <= threads * 16, "{} pipes and {threads} threads", pipes.len());
+    let own = fs::read_link(process.join("ns/net")).unwrap().display().to_string();
+    let namespaces = rest.extract_if(.., |one| *one == own).count();
+    assert!(namespaces <= threads, "{namespaces} of its own namespace and {threads} threads");
+    rest
+}
+
+/// What a socket is, by the tables of all namespaces: for who reads why a test failed.
+fn described(descriptor: &str) -> String {
+    let inode = descriptor.trim_start_matches("socket:[").trim_end_matches(']');
+    for process in fs::read_dir("/proc").unwrap() {
+        for table in ["tcp", "tcp6", "udp", "udp6", "unix", "netlink"] {
+            let path = process.as_ref().unwrap().path().join("net").join(table);
+            let Ok(rows) = fs::read_to_string(path) else { continue };
+            if let Some(row) =
+                rows.lines().find(|row| row.split_whitespace().any(|word| word == inode))
+            {
+                return format!("{descriptor} {table} {row}");
+            }
+        }
+    }
+    descriptor.to_owned()
 }
 
 /// Programs that are killed in the middle of what they do, that reset, that end one side and go: none of them leaves
@@ -113,7 +142,11 @@ fn nothing_is_left_of_who_goes_without_a_word() {
             anyhow::ensure!((opened - closed).abs() < 0.5, "{opened} opened, {closed} closed");
             anyhow::ensure!(open.abs() < 0.5, "{open} sockets are open");
             let now = descriptors(node);
-            anyhow::ensure!(now <= before, "{now} descriptors and not {before}");
+            if now.len() > before.len() {
+                let new = now.iter().filter(|one| !before.contains(one));
+                let new: Vec<_> = new.map(|one| described(one)).collect();
+                anyhow::bail!("{} descriptors and not {}: {new:#?}", now.len(), before.len());
+            }
             Ok(())
         };
         wait::retry(node.name(), SOON, all_closed).unwrap();

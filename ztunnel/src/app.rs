@@ -213,11 +213,14 @@ fn uptime() -> Duration {
 }
 
 fn state_writer(config: &Config) -> Writer {
-    let writer = Writer::new(config.node.name.clone()).timed(uptime);
-    match &config.node.preferred {
-        Some(namespace) => writer.preferring(namespace.clone()),
-        None => writer,
+    let mut writer = Writer::new(config.node.name.clone()).timed(uptime);
+    if let Some(namespace) = &config.node.preferred {
+        writer = writer.preferring(namespace.clone());
     }
+    if let Some(namespace) = &config.node.root {
+        writer = writer.rooted(namespace.clone());
+    }
+    writer
 }
 
 /// How long the writer of the state has kept the data path waiting.

@@ -17,6 +17,8 @@ use mesh_runtime::{
 use mesh_state::PodInfo;
 use std::{collections::BTreeMap, io, num::NonZeroUsize, path::PathBuf, time::Duration};
 
+/// Where Istio is installed, if nothing else is said.
+const ROOT_NAMESPACE: &str = "istio-system";
 /// Where Istio keeps the mesh's config in its images.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
 
@@ -60,6 +62,9 @@ pub struct Node {
     pub version: String,
     /// Whose service a hostname means where nothing else decides.
     pub preferred: Option<Namespace>,
+    /// Istio's root namespace, which is the one that it is installed in unless `rootNamespace` of its mesh
+    /// configuration says otherwise.
+    pub root: Option<Namespace>,
 }
 
 /// Who redirects the pods' traffic.
@@ -279,8 +284,19 @@ fn node(reader: &mut Reader<'_>) -> Node {
         name: name(reader, &keys::NODE_NAME, Text::default()),
         cluster: cluster.parse().unwrap_or_default(),
         preferred: preferred(reader),
+        root: root(reader),
         version: reader.text(&keys::ISTIO_META_ISTIO_VERSION),
     }
+}
+
+fn root(reader: &mut Reader<'_>) -> Option<Namespace> {
+    let own = reader.text(&keys::POD_NAMESPACE);
+    let root = if own.is_empty() { ROOT_NAMESPACE } else { &own };
+    let root = root.parse().ok();
+    if root.is_none() {
+        reader.invalid(&keys::POD_NAMESPACE, "write the name of a namespace");
+    }
+    root
 }
 
 fn preferred(reader: &mut Reader<'_>) -> Option<Namespace> {

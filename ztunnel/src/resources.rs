@@ -3,7 +3,7 @@
 use mesh_runtime::{admin::Dump, tasks::Tasks};
 use mesh_state::{
     Update as Change, Writer,
-    wire::{Address, Authorization},
+    wire::{self, Address, Authorization},
 };
 use mesh_xds::{
     Handler, Rejected, Update,
@@ -77,6 +77,8 @@ impl Handler<Address> for Sources {
                     }
                     Err(error) => rejected.push(Rejected { name, reason: error.to_string() }),
                 },
+                // Its last good version stays.
+                Update::Unreadable { .. } => {}
                 Update::Remove { name } => changes.extend(writer.removal(&name)),
             }
         }
@@ -101,10 +103,13 @@ impl Handler<Authorization> for Sources {
                     Ok(change) => changes.push(change),
                     Err(error) => {
                         // Those that it applies to must know that it cannot be enforced.
-                        changes.extend(Writer::rejection(&name, &error));
+                        changes.extend(Writer::rejection(&name, error.scope()));
                         rejected.push(Rejected { name, reason: error.to_string() });
                     }
                 },
+                Update::Unreadable { name, bytes } => {
+                    changes.extend(Writer::rejection(&name, wire::scope_of_unreadable(&bytes)));
+                }
                 Update::Remove { name } => {
                     changes.extend(name.parse().ok().map(Change::RemovePolicy));
                 }

@@ -78,12 +78,7 @@ impl Authorization {
             .map_err(|_invalid| InvalidAuthorization::Name)?;
         let name = PolicyName::interned(&format!("{namespace}/{}", message.name), names)
             .map_err(|_invalid| InvalidAuthorization::Name)?;
-        let scope = match proto::Scope::try_from(message.scope) {
-            Ok(proto::Scope::Global) => Scope::Global,
-            Ok(proto::Scope::Namespace) => Scope::Namespace,
-            Ok(proto::Scope::WorkloadSelector) => Scope::WorkloadSelector,
-            Err(_unknown) => return Err(InvalidAuthorization::Scope(message.scope)),
-        };
+        let scope = scope(message.scope).ok_or(InvalidAuthorization::Scope(message.scope))?;
         let action = match ProtoAction::try_from(message.action) {
             Ok(ProtoAction::Allow) => Action::Allow,
             Ok(ProtoAction::Deny) => Action::Deny,
@@ -106,6 +101,33 @@ impl Authorization {
     pub fn name(&self) -> &PolicyName {
         &self.policy.name
     }
+}
+
+/// The scope of a policy whose bytes cannot be read whole, if it can be told.
+#[must_use]
+pub fn scope_of_unreadable(bytes: &[u8]) -> Option<Scope> {
+    /// Of `istio.security.Authorization` only this, so that nothing else need be right but the frame around it.
+    #[derive(Clone, Copy, prost::Message)]
+    struct Scoped {
+        #[prost(int32, optional, tag = "3")]
+        scope: Option<i32>,
+    }
+    let mut scoped = Scoped::default();
+    // What stands before a fault is read all the same.
+    let whole = prost::Message::merge(&mut scoped, bytes).is_ok() && !bytes.is_empty();
+    match scoped.scope {
+        Some(value) => scope(value),
+        // What is not there has its default.
+        None => whole.then_some(Scope::Global),
+    }
+}
+
+fn scope(value: i32) -> Option<Scope> {
+    Some(match proto::Scope::try_from(value).ok()? {
+        proto::Scope::Global => Scope::Global,
+        proto::Scope::Namespace => Scope::Namespace,
+        proto::Scope::WorkloadSelector => Scope::WorkloadSelector,
+    })
 }
 
 /// Whether there is a match that is always true, as [`one`] makes of one without a field.

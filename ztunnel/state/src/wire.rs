@@ -10,7 +10,7 @@ use mesh_core::{
 use mesh_proto::istio::workload as proto;
 use std::{collections::HashSet, error::Error, fmt, hash::Hash, net::IpAddr, sync::Arc};
 
-pub use mesh_policy::wire::Message as Authorization;
+pub use mesh_policy::wire::{Message as Authorization, scope_of_unreadable};
 pub use proto::{Address, address::Type as AddressType};
 
 /// A resource that cannot be used: which field, and what is wrong with it.

@@ -24,6 +24,7 @@ impl<T: Message + Default> Handler<T> for Kept {
                     assert!(T::decode(bytes.as_slice()).is_ok(), "{name} cannot be decoded again");
                     self.0.insert(name, bytes.len());
                 }
+                Update::Unreadable { .. } => {}
                 Update::Remove { name } => drop(self.0.remove(&name)),
             }
         }

@@ -10,6 +10,14 @@ pub enum Update<T> {
         /// All of it.
         resource: T,
     },
+    /// What came in place of the resource cannot be read. Its source says so to whoever sent it; the handler need
+    /// not. What is known of the resource stays.
+    Unreadable {
+        /// The name under which it came.
+        name: String,
+        /// Its bytes, which may be none.
+        bytes: Vec<u8>,
+    },
     /// The resource is gone. The name may be unknown to the handler.
     Remove {
         /// The name under which it came, or which its handler would have given it.
@@ -21,7 +29,9 @@ impl<T> Update<T> {
     /// The resource's name.
     pub fn name(&self) -> &str {
         match self {
-            Self::Upsert { name, .. } | Self::Remove { name } => name,
+            Self::Upsert { name, .. } | Self::Unreadable { name, .. } | Self::Remove { name } => {
+                name
+            }
         }
     }
 }

@@ -333,3 +333,26 @@ fn unknown_values_are_refused() {
         (Some(Scope::Namespace), "action: unknown value 9".into())
     );
 }
+
+/// The scope is told from what can be read; the rules need not be right.
+#[test]
+fn the_scope_of_what_cannot_be_read() {
+    let bytes = |scope: i32, rest: &[u8]| {
+        let message = Message { name: "a".to_owned(), scope, ..Message::default() };
+        [prost::Message::encode_to_vec(&message).as_slice(), rest].concat()
+    };
+    // A list of rules: cut, and with a rule that is none.
+    let (cut, odd): (&[u8], &[u8]) = (&[0x2a, 0x7f], &[0x2a, 0x02, 0x08, 0x01]);
+    for (bytes, is) in [
+        (bytes(1, cut), Some(Scope::Namespace)),
+        (bytes(2, odd), Some(Scope::WorkloadSelector)),
+        (bytes(0, odd), Some(Scope::Global)),
+        (bytes(0, cut), None),
+        (bytes(9, odd), None),
+        (Vec::new(), None),
+        // The scope itself, as a text: the widest.
+        (vec![0x1a, 0x01, 0x31], Some(Scope::Global)),
+    ] {
+        assert_eq!(scope_of_unreadable(&bytes), is, "{bytes:x?}");
+    }
+}

@@ -88,7 +88,7 @@ fn what_was_rejected_is_known_to_be() {
         reject("ns/named", None),
         reject("ns/ours", Some(Scope::Namespace)),
         reject("other/theirs", Some(Scope::Namespace)),
-        reject("ns/unnamed", None),
+        reject("ns/unnamed", Some(Scope::WorkloadSelector)),
     ]);
     assert_eq!(said(&mut enrolment), ["rejected ns/named", "rejected ns/ours"]);
     writer.apply([policy("ns/named", Scope::WorkloadSelector), policy("ns/ours", Scope::Global)]);
@@ -100,6 +100,19 @@ fn what_was_rejected_is_known_to_be() {
     assert_eq!(said(&mut enrolment), ["missing ns/named", "rejected ns/ours"]);
     writer.apply([Update::RemovePolicy("ns/ours".parse().unwrap())]);
     assert_eq!(said(&mut enrolment), ["missing ns/named"]);
+}
+
+#[test]
+fn what_was_rejected_may_have_any_scope() {
+    let reject = |name: &str| Update::RejectPolicy(name.parse().unwrap(), None);
+    let mut writer = Writer::new(Text::default()).rooted("root".parse().unwrap());
+    let mut enrolment = writer.handle().enrol(pod("a"));
+    writer.apply([selecting(&[]), reject("ns/ours"), reject("other/theirs"), reject("root/all")]);
+    assert_eq!(said(&mut enrolment), ["rejected ns/ours", "rejected root/all"]);
+    writer.apply([policy("ns/ours", Scope::WorkloadSelector)]);
+    assert_eq!(said(&mut enrolment), ["rejected root/all"]);
+    writer.apply([Update::RemovePolicy("root/all".parse().unwrap())]);
+    assert!(said(&mut enrolment).is_empty());
 }
 
 /// Else a connection could be let in while its pod's workload is replaced.

@@ -163,6 +163,7 @@ impl Handler<Address> for Mesh {
                 Update::Upsert { name, resource } => {
                     self.0.lock().unwrap().insert(name, resource.encode_to_vec());
                 }
+                Update::Unreadable { .. } => {}
                 Update::Remove { name } => {
                     self.0.lock().unwrap().remove(&name);
                 }

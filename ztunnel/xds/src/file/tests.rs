@@ -41,6 +41,7 @@ impl Mesh {
             }
             match update {
                 Update::Upsert { name, resource } => store(self, name, Some(resource)),
+                Update::Unreadable { .. } => {}
                 Update::Remove { name } => store(self, name, None),
             }
         }

@@ -114,7 +114,7 @@ impl Round {
                 (!updates.is_empty()).then_some(Chunk::Policies(updates))
             }
         };
-        // With many bad or unchanged resources a chunk can be small; it is empty only at the end.
+        // With many unchanged resources a chunk can be small; it is empty only at the end.
         chunk
     }
 
@@ -133,11 +133,12 @@ impl Round {
             let value = match resource {
                 Some(any) if any.type_url == kind.url() => any.value,
                 Some(any) => {
-                    self.bad(name, format!("resource: is of type {}", any.type_url));
+                    let reason = format!("resource: is of type {}", any.type_url);
+                    updates.push(self.bad(name, reason, Vec::new()));
                     continue;
                 }
                 None => {
-                    self.bad(name, "resource: is not there".to_owned());
+                    updates.push(self.bad(name, "resource: is not there".to_owned(), Vec::new()));
                     continue;
                 }
             };
@@ -166,18 +167,20 @@ impl Round {
                     if self.on_demand {
                         self.outcome.seen.extend(given);
                     }
-                    self.bad(name, error.to_string());
+                    updates.push(self.bad(name, error.to_string(), value));
                 }
             }
         }
         updates
     }
 
-    fn bad(&mut self, name: String, reason: String) {
+    /// The handler is told as well: what a policy that cannot be read applies to is denied.
+    fn bad<T>(&mut self, name: String, reason: String, bytes: Vec<u8>) -> Update<T> {
         if self.on_demand {
             self.outcome.seen.push(name.clone());
         }
-        self.outcome.rejected.push(Rejected { name, reason });
+        self.outcome.rejected.push(Rejected { name: name.clone(), reason });
+        Update::Unreadable { name, bytes }
     }
 
     /// Takes the handler's word for the chunk before.

@@ -18,7 +18,11 @@ impl Handler<Address> for Script {
     fn handle(&mut self, updates: Vec<Update<Address>>) -> Result<(), Vec<Rejected>> {
         let mut rejected = Vec::new();
         for update in updates {
-            let sign = if matches!(update, Update::Upsert { .. }) { '+' } else { '-' };
+            let sign = match update {
+                Update::Upsert { .. } => '+',
+                Update::Unreadable { .. } => '?',
+                Update::Remove { .. } => '-',
+            };
             self.handed.push(format!("{sign}{}", update.name()));
             if sign == '+' && update.name().starts_with("bad") {
                 let reason = "waypoint.destination: missing".to_owned();
@@ -142,7 +146,7 @@ fn what_is_bad_is_named_and_costs_nobody_else() {
     broken.resource.as_mut().unwrap().value = vec![0x0a, 0x02, 0x18, 0x01];
     let resources = vec![simple("good", "1"), no_any, simple("bad", "1"), other, broken];
     let (handed, answer) = script.take(response("n1", resources, &[]));
-    assert_eq!(handed, ["+good", "+bad"]);
+    assert_eq!(handed, ["+good", "?empty", "+bad", "?other", "?broken"]);
     assert_eq!(answer.first, None, "not ready by a response that was not taken as a whole");
     let detail = answer.request.error_detail.unwrap();
     assert_eq!(detail.code, 0);
