@@ -216,6 +216,44 @@ fn a_successor_that_comes_late_is_waited_for() {
     scene.ask(&scene.client, web(80)[1]).unwrap();
 }
 
+/// Anybody with the right to may take away what capture is made of. It is written again, and meanwhile connections are
+/// refused: none goes past us, in clear.
+#[test]
+fn what_somebody_takes_away_is_written_again() {
+    let scene = Scene::start(&[]).unwrap();
+    let all = || {
+        for to in scene.server_at(HTTP) {
+            scene.ask_until(&scene.client, to).unwrap();
+        }
+    };
+    all();
+    let capture = Capture::start(scene.lab.wire(), &["GET /"]).unwrap();
+    for taken in [
+        &["route flush table 100"][..],
+        &["-6 route flush table 100"],
+        &["rule del pref 100 ipproto tcp"],
+        &["-6 rule del pref 100 ipproto tcp"],
+        &["rule del pref 100 ipproto tcp", "-6 rule del pref 100 ipproto tcp"],
+        &["rule del pref 101 ipproto tcp", "route flush table 100"],
+        &["rule del pref 99"],
+        &["-6 rule del pref 102"],
+    ] {
+        for _ in 0..3 {
+            for words in taken {
+                let words = ["ip"].into_iter().chain(words.split(' '));
+                scene.client.run(words).unwrap().ok().unwrap();
+            }
+            for to in scene.server_at(HTTP) {
+                let _refused_or_not = scene.ask(&scene.client, to);
+            }
+            all();
+        }
+    }
+    let seen = capture.stop().unwrap();
+    assert_eq!(seen.objection(), None, "{seen:?}");
+    assert!(!seen.tls.is_empty());
+}
+
 /// Who cannot tell the mesh from the rest leaves the pods to who can.
 #[test]
 fn a_successor_that_knows_nothing_yet_takes_nothing_over() {

@@ -84,6 +84,36 @@ fn a_pod_that_leaves_ends_what_it_has_open() {
         .unwrap();
 }
 
+/// A node proxy that takes a pod whose rules nobody wrote serves it in vain, and says so.
+#[test]
+fn a_pod_that_nobody_redirects_is_noticed() {
+    let scene = Scene::external(Backend::Iptables, &[]).unwrap();
+    scene.ask_until(&scene.client, web(80)[0]).unwrap();
+    let uid = scene.client.uid();
+    let is = |state: &'static str| {
+        scene.a.with_proxy(|proxy| {
+            proxy.wait_dump(state, |dump| dump["workloadState"][&uid]["capture"]["state"] == state)
+        })
+    };
+    is("Captured").unwrap();
+    for tool in ["iptables", "ip6tables"] {
+        for table in ["nat", "mangle", "raw", "filter"] {
+            for how in ["-F", "-X"] {
+                scene.client.run([tool, "-t", table, how]).unwrap().ok().unwrap();
+            }
+        }
+    }
+    is("NotCaptured").unwrap();
+    scene
+        .a
+        .with_proxy(|proxy| {
+            let count = proxy.metrics()?.sum("workload_manager_uncaptured_proxy_count", &[]);
+            assert!((count - 1.0).abs() < 0.5, "{count}");
+            Ok(())
+        })
+        .unwrap();
+}
+
 /// The node proxy's doors are IPv4's alone: what the rules lead to the others is refused, and goes out nowhere.
 #[test]
 fn ipv6_may_be_off() {

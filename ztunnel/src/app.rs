@@ -7,10 +7,7 @@ use crate::{
     memory,
     metrics::Metrics,
     names::Names,
-    pod::{
-        Shared,
-        manager::{Manager, Served},
-    },
+    pod::{Shared, manager::Manager, served::Served},
     resources::{self, Sources},
     telemetry::Telemetry,
 };

@@ -30,7 +30,7 @@ pub(crate) struct Metrics {
     policy_denials: Family<Counter>,
     handshakes: Family<Counter>,
     on_demand_dns: Family<Counter>,
-    /// Proxies of pods: running, waiting for another try, started and stopped so far.
+    /// Proxies of pods: running, waiting for another try, running in vain, started and stopped so far.
     pub(crate) pods: Pods,
     known: Arc<Mutex<HashMap<Pair, Known>>>,
 }
@@ -39,6 +39,7 @@ pub(crate) struct Metrics {
 pub(crate) struct Pods {
     pub(crate) active: Gauge,
     pub(crate) pending: Gauge,
+    pub(crate) uncaptured: Gauge,
     pub(crate) started: Counter,
     pub(crate) stopped: Counter,
 }
@@ -132,6 +133,11 @@ impl Metrics {
                 pending: gauge(
                     "workload_manager_pending_proxy_count",
                     "Pods that could not be served and are tried again.",
+                )
+                .single(),
+                uncaptured: gauge(
+                    "workload_manager_uncaptured_proxy_count",
+                    "Pods that are served and whose connections do not come to us, as far as can be seen (ours).",
                 )
                 .single(),
                 started: counter("workload_manager_proxies_started", "Pods taken on.").single(),

@@ -4,6 +4,7 @@ pub mod manager;
 pub(crate) mod own;
 pub mod protocol;
 pub mod reconcile;
+pub(crate) mod served;
 
 use crate::{
     connections::Connections,

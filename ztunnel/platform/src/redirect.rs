@@ -114,6 +114,14 @@ pub trait Redirect: Send + Sync + fmt::Debug {
 
     /// Whether the application sees its clients' addresses.
     fn original_source(&self, pod: &Pod) -> bool;
+
+    /// Why the pod's connections do not come to us, as far as its namespace shows; `None` where they should. What was
+    /// written there may be taken away by anybody.
+    ///
+    /// # Errors
+    ///
+    /// Fails where the kernel does not say.
+    fn uncaptured(&self, pod: &Pod) -> Result<Option<String>, CaptureError>;
 }
 
 /// Which listener.
@@ -212,6 +220,12 @@ impl Pod {
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.0.netns
+    }
+
+    /// Whether it is the same enrolment; that of a pod that came back with the same uid is another.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// The listeners, once. Close them when the pod is gone: they hold its namespace.

@@ -4,8 +4,8 @@ use super::{
     Pod, Shared,
     protocol::{self, MAX_PACKET, Reaction},
     reconcile::{Reconcile, Step},
+    served::{Entry, Served, Up},
 };
-use crate::connections::Connections;
 use mesh_platform::{
     netns::Netns,
     redirect::{self, Redirect},
@@ -17,89 +17,17 @@ use mesh_runtime::{
     tasks::{Draining, Tasks},
 };
 use mesh_state::PodInfo;
-use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 use tokio::time::{Instant, interval_at, sleep};
 
 /// How often a pod that could not be served is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-
-/// The pods that are served now, for the dump.
-#[derive(Clone, Debug)]
-pub(crate) struct Served {
-    entries: Arc<Mutex<BTreeMap<String, Entry>>>,
-    /// Who redirects their traffic.
-    by: &'static str,
-}
-
-#[derive(Debug)]
-enum Entry {
-    Up(Up),
-    Pending { info: PodInfo, why: String },
-}
-
-/// A pod that is served. Its owner is here; the pod itself lives with its tasks.
-#[derive(Debug)]
-struct Up {
-    info: PodInfo,
-    sockets: redirect::Pod,
-    /// Whether its application sees its clients' addresses.
-    original_source: bool,
-    connections: Connections,
-    tasks: Tasks,
-}
-
-impl Served {
-    /// None yet. `by` is who redirects their traffic.
-    pub(crate) fn new(by: &'static str) -> Self {
-        Self { entries: Arc::default(), by }
-    }
-
-    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Istio's `workloadState`, and beside it who captures each pod, and why one is not captured.
-    pub(crate) fn dump(&self) -> Value {
-        let info = |info: &PodInfo| {
-            json!({
-                "name": info.name.as_str(),
-                "namespace": info.namespace.as_str(),
-                "serviceAccount": info.service_account.as_str(),
-            })
-        };
-        let entries = self.entries();
-        let dump: Map<_, _> = entries
-            .iter()
-            .map(|(uid, entry)| {
-                let value = match entry {
-                    Entry::Up(up) => json!({
-                        "state": "Up",
-                        "info": info(&up.info),
-                        "connections": up.connections.dump(),
-                        "capture": {
-                            "by": self.by,
-                            "state": "Captured",
-                            "originalSource": up.original_source,
-                        },
-                    }),
-                    Entry::Pending { info: who, why } => {
-                        let capture = json!({ "by": self.by, "state": "Failed", "reason": why });
-                        json!({ "state": "Pending", "info": info(who), "capture": capture })
-                    }
-                };
-                (uid.clone(), value)
-            })
-            .collect();
-        Value::Object(dump)
-    }
-}
 
 /// The agent does not speak our protocol.
 #[derive(Clone, Debug)]
@@ -170,6 +98,8 @@ impl Manager {
                 return Ok(());
             }
         }
+        let (served, shared) = (self.served.clone(), self.shared.clone());
+        self.tasks.spawn(move |draining| watch_capture(served, shared, draining));
         loop {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {
@@ -338,12 +268,14 @@ impl Manager {
             let started = Pod::start(&shared, &key, who.clone(), &place, &tasks);
             started.map(|(sockets, connections)| {
                 let original_source = shared.redirect.original_source(&sockets);
-                Up { info: who, sockets, original_source, connections, tasks }
+                let uncaptured = look(&shared.redirect, &sockets);
+                Up { info: who, sockets, original_source, connections, tasks, uncaptured }
             })
         };
         let why = match tokio::task::spawn_blocking(start).await {
             Ok(Ok(up)) => {
                 tracing::info!(uid, pod = %info, took = ?began.elapsed(), "serving the pod");
+                up.warn(uid, up.uncaptured.as_deref());
                 self.machine.started(uid, netns.id());
                 self.waiting.remove(uid);
                 self.shared.telemetry.metrics.pods.started.increment(1);
@@ -417,11 +349,46 @@ impl Manager {
 
     fn publish(&self) {
         self.gate.set(self.machine.is_settled());
-        let entries = self.served.entries();
-        let up = entries.values().filter(|entry| matches!(entry, Entry::Up(_))).count();
+        let counts = self.served.counts();
         let pods = &self.shared.telemetry.metrics.pods;
-        pods.active.set(number(up));
+        pods.active.set(number(counts.up));
+        pods.uncaptured.set(number(counts.uncaptured));
         pods.pending.set(number(self.machine.pending()));
+    }
+}
+
+/// How often it is looked whether the pods' connections still come to us.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// Why a pod is not captured, as far as can be seen.
+fn look(redirect: &Arc<dyn Redirect>, sockets: &redirect::Pod) -> Option<String> {
+    redirect.uncaptured(sockets).unwrap_or_else(|error| {
+        tracing::debug!(uid = sockets.uid(), error = %chain(&error), "a pod's capture cannot be seen");
+        None
+    })
+}
+
+/// Looks, again and again, whether the pods' connections still come to us. What was written in their namespaces may be
+/// taken away by anybody, and then goes out in clear.
+async fn watch_capture(served: Served, shared: Shared, draining: Draining) {
+    let mut turn = interval_at(Instant::now() + LOOK, LOOK);
+    loop {
+        tokio::select! {
+            _ = turn.tick() => {}
+            () = draining.stopping() => return,
+        }
+        let (pods, redirect) = (served.sockets(), Arc::clone(&shared.redirect));
+        // The kernel takes a tenth of a millisecond for each.
+        let looked = move || {
+            let one = |sockets: redirect::Pod| {
+                let why = look(&redirect, &sockets);
+                (sockets, why)
+            };
+            pods.into_iter().map(one).collect::<Vec<_>>()
+        };
+        let Ok(found) = tokio::task::spawn_blocking(looked).await else { continue };
+        served.note(found);
+        shared.telemetry.metrics.pods.uncaptured.set(number(served.counts().uncaptured));
     }
 }
 

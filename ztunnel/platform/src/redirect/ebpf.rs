@@ -31,6 +31,7 @@ use crate::{
     socket::Connecting,
 };
 use follow::Follower;
+pub(super) use foreign::chains;
 use mesh_core::OriginalDst;
 use mesh_ebpf_common::MARK_LEAVING;
 use program::{Contents, Marker, Program};
@@ -116,6 +117,7 @@ pub(super) struct Captured(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     netns: Netns,
+    probes: Vec<IpAddr>,
     ingress: bool,
     dns: bool,
     mark: u32,
@@ -140,6 +142,12 @@ struct State {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody has detached the program. One that is not pinned nobody else finds.
+    fn is_detached(&self) -> bool {
+        let ino = u32::try_from(self.netns.id().ino).ok();
+        self.folder.as_deref().is_some_and(|folder| pins::namespace(folder) != ino)
     }
 
     /// Takes away what is left once nobody needs it, in the namespace of the thread. Returns whether it did.
@@ -298,6 +306,7 @@ impl Ebpf {
         rules.capture(dns.is_some()).map_err(CaptureError::kernel("begin capture"))?;
         let shared = Shared {
             netns: netns.clone(),
+            probes: probes.clone(),
             ingress: *ingress,
             dns: dns.is_some(),
             mark: sockets::mark(generation),
@@ -516,6 +525,22 @@ impl Redirect for Ebpf {
 
     fn original_source(&self, pod: &Pod) -> bool {
         self.settings.original_source && matches!(pod.0.recipe, Recipe::Ebpf(_))
+    }
+
+    fn uncaptured(&self, pod: &Pod) -> Result<Option<String>, CaptureError> {
+        let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(None) };
+        if shared.state().withdrawn {
+            return Ok(Some("its capture was withdrawn".to_owned()));
+        }
+        if shared.is_detached() {
+            return Ok(Some("its program is detached".to_owned()));
+        }
+        let look = || Rules::open()?.missing(&Surroundings::look()?);
+        shared
+            .netns
+            .run(look)
+            .map_err(CaptureError::kernel("enter the pod's network namespace"))?
+            .map_err(CaptureError::kernel("read the rules"))
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::{
     CaptureError, Dns, DnsAddress, DnsSockets, Door, Inherited, Listeners, Pod, Queries, Recipe,
-    Redirect, SocketOptions, dns, wrong_pod,
+    Redirect, SocketOptions, dns, ebpf::chains, wrong_pod,
 };
 use crate::{
     netns::Netns,
@@ -242,6 +242,17 @@ impl Redirect for External {
             }
             socket::connect(socket, to)
         })?
+    }
+
+    fn uncaptured(&self, pod: &Pod) -> Result<Option<String>, CaptureError> {
+        let chains = pod
+            .netns()
+            .run(chains)
+            .map_err(CaptureError::kernel("enter the pod's network namespace"))?;
+        Ok(chains.is_empty().then(|| {
+            "no chain of istio-cni's (ISTIO_*) is there: nobody redirects it, or somebody else does"
+                .to_owned()
+        }))
     }
 
     fn original_source(&self, pod: &Pod) -> bool {

@@ -1,4 +1,4 @@
-//! Follows the addresses and devices of a pod.
+//! Follows the addresses and devices of a pod, and writes again what somebody takes away of its rules and routes.
 #![expect(unsafe_code, reason = "tokio wants a promise about the descriptor")]
 
 use super::{
@@ -20,8 +20,9 @@ use tokio::{
 /// Between two looks at a namespace that somebody else changes.
 const STEP: Duration = Duration::from_millis(20);
 
-/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV6_IFADDR`, and the groups of rules, 8 and 19.
-const GROUPS: u32 = 0x1 | 0x10 | 0x100 | 1 << 7 | 1 << 18;
+/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV6_IFADDR`, `RTMGRP_IPV6_ROUTE`, and the
+/// groups of rules, 8 and 19.
+const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 7 | 1 << 18;
 
 /// Waits for changes of a pod's namespace.
 pub(in crate::redirect) struct Follower {
@@ -91,7 +92,7 @@ fn drain(socket: &Socket) -> io::Result<()> {
 }
 
 impl Shared {
-    /// Learns addresses and routes anew. Returns whether it could: not while somebody else changes the namespace.
+    /// Learns addresses anew, and has rules and routes as they should be. Returns whether it could: not while somebody else changes the namespace.
     fn refresh(&self) -> Result<bool, Box<dyn Error + Send + Sync>> {
         let Some(_exclusive) = self.netns.try_exclusive()? else { return Ok(false) };
         self.netns.run(|| {
@@ -100,8 +101,9 @@ impl Shared {
                 return Ok(true);
             }
             let mut rules = Rules::open()?;
-            // Somebody else has withdrawn it (`ztunnel release`): what lives goes on, as if it had been us.
-            if !rules.capturing()? {
+            // Somebody else has withdrawn it (`ztunnel release`): what lives goes on, as if it had been us. Who only
+            // takes the rules away has not.
+            if self.is_detached() && !rules.capturing()? {
                 tracing::info!("a pod's capture was withdrawn by somebody else");
                 self.leaving.store(true, Ordering::Release);
                 state.withdrawn = true;
@@ -116,8 +118,8 @@ impl Shared {
                     program.guard(&here.devices)?;
                 }
             }
+            rules.escape(&self.probes)?;
             rules.routes(&here)?;
-            // Where IPv6 came back its rule is a stop until now.
             rules.capture(self.dns)?;
             *self.own.write().unwrap_or_else(PoisonError::into_inner) = here.addresses;
             Ok(true)

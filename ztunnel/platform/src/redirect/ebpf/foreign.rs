@@ -11,6 +11,13 @@ const NAMES: [&[u8]; 2] = [b"ISTIO_", b"istio-"];
 /// Every reason not to touch the namespace of the thread.
 pub(super) fn reasons(rules: &mut Rules) -> io::Result<Vec<String>> {
     let mut found = rules.foreign()?;
+    found.extend(chains());
+    Ok(found)
+}
+
+/// Where Istio's chains are, in the namespace of the thread.
+pub(in crate::redirect) fn chains() -> Vec<String> {
+    let mut found = Vec::new();
     for (domain, list) in [(Domain::IPV4, "ip_tables_names"), (Domain::IPV6, "ip6_tables_names")] {
         // Only tables that exist: to ask for another one would create it.
         let tables =
@@ -26,7 +33,7 @@ pub(super) fn reasons(rules: &mut Rules) -> io::Result<Vec<String>> {
     if let Some(chain) = nftables().ok().and_then(|bytes| istio(&bytes)) {
         found.push(format!("nftables (or iptables-nft) has {chain}"));
     }
-    Ok(found)
+    found
 }
 
 /// The first name of Istio's in a dump, where names stand as they are.

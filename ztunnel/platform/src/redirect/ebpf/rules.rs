@@ -23,7 +23,8 @@ const LEAVING: u32 = 97;
 const PROBES: u32 = 98;
 const ESCAPE: u32 = 99;
 const CAPTURE: u32 = 100;
-const CAPTURE_DNS: u32 = 101;
+/// For what finds no route in our table: somebody took it away, or IPv6 is off and may come back.
+const STOP: u32 = 101;
 const LANDING: u32 = 102;
 
 /// An interface.
@@ -87,8 +88,6 @@ impl Surroundings {
 pub(super) struct Rules {
     netlink: Netlink,
     families: Vec<AddressFamily>,
-    /// Whether IPv6 can be routed here at this time.
-    v6: bool,
 }
 
 impl Rules {
@@ -101,13 +100,44 @@ impl Rules {
         };
         let mut families = vec![AddressFamily::Inet];
         families.extend(v6.then_some(AddressFamily::Inet6));
-        Ok(Self { netlink: Netlink::open()?, families, v6 })
+        Ok(Self { netlink: Netlink::open()?, families })
     }
 
     /// Whether the rule that captures is there, and ours.
     pub(super) fn capturing(&mut self) -> io::Result<bool> {
         let rules = self.rules()?;
         Ok(rules.iter().any(|rule| is_ours(rule) && priority(rule) == CAPTURE))
+    }
+
+    /// What capture takes and is not there: somebody has taken it away. `None` where all is.
+    pub(super) fn missing(&mut self, here: &Surroundings) -> io::Result<Option<String>> {
+        let (rules, routes) = (self.rules()?, self.table()?);
+        for family in self.families.clone() {
+            let at = |place| {
+                let is_it = |rule: &&RuleMessage| {
+                    is_ours(rule) && rule.header.family == family && priority(rule) == place
+                };
+                rules.iter().find(is_it)
+            };
+            if let Some(place) =
+                [ESCAPE, CAPTURE, STOP, LANDING].into_iter().find(|p| at(*p).is_none())
+            {
+                return Ok(Some(format!(
+                    "the {} rule of preference {place} is gone",
+                    name(family)
+                )));
+            }
+            // Where IPv6 is off it has none.
+            let is_led = here.source(family, None).is_some();
+            let is_route = |route: &RouteMessage| {
+                route.header.protocol == RouteProtocol::Other(PROTOCOL)
+                    && route.header.address_family == family
+            };
+            if is_led && !routes.iter().any(is_route) {
+                return Ok(Some(format!("the {} routes of table {TABLE} are gone", name(family))));
+            }
+        }
+        Ok(None)
     }
 
     /// What lets probes and our own sockets past. Harmless at any time.
@@ -134,22 +164,21 @@ impl Rules {
         self.add_all(all)
     }
 
-    /// Routes everything in our table to ourselves, from unbound sockets and from those bound to a device.
+    /// Routes everything in our table to ourselves, from unbound sockets and from those bound to a device. What is
+    /// there already is not written again: whoever follows the routes would hear of it, and write it again.
     pub(super) fn routes(&mut self, here: &Surroundings) -> io::Result<()> {
+        let there = self.table()?;
         for family in self.families.clone() {
             let (lo, other) = if family == AddressFamily::Inet { (0, 10) } else { (1024, 2000) };
-            match self.route(family, here.lo, here.source(family, None), lo) {
-                Err(error) if family == AddressFamily::Inet6 && is_off(&error) => {
-                    self.v6 = false;
-                    continue;
-                }
+            match self.route(&there, family, here.lo, (here.source(family, None), lo)) {
+                Err(error) if family == AddressFamily::Inet6 && is_off(&error) => continue,
                 result => result?,
             }
-            self.v6 |= family == AddressFamily::Inet6;
             for device in &here.devices {
                 // By index: a device keeps its metric whatever others come and go.
                 let source = here.source(family, Some(&device.name));
-                match self.route(family, device.index, source, other + device.index) {
+                let metric = other + device.index;
+                match self.route(&there, family, device.index, (source, metric)) {
                     // A device that is down, or without this family, is no way out; its event comes.
                     Err(error) if is_off(&error) => {
                         tracing::debug!(%error, device = device.name, "no route over a device");
@@ -163,10 +192,10 @@ impl Rules {
 
     fn route(
         &mut self,
+        there: &[RouteMessage],
         family: AddressFamily,
         device: u32,
-        source: Option<IpAddr>,
-        metric: u32,
+        (source, metric): (Option<IpAddr>, u32),
     ) -> io::Result<()> {
         let mut message = RouteMessage::default();
         message.header = RouteHeader {
@@ -179,42 +208,45 @@ impl Rules {
         };
         message.attributes = vec![RouteAttribute::Oif(device), RouteAttribute::Priority(metric)];
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
+        let is_there = |wanted: &RouteMessage| there.iter().any(|route| is_same(route, wanted));
         if let Some(source) = source {
             let mut sourced = message.clone();
             sourced.attributes.push(RouteAttribute::PrefSource(source.into()));
+            if is_there(&sourced) {
+                return Ok(());
+            }
             match self.netlink.change(RouteNetlinkMessage::NewRoute(sourced), flags) {
                 // An IPv6 address that is still tentative; its event comes when it is not.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) && source.is_ipv6() => (),
                 result => return result,
             }
         }
+        if is_there(&message) {
+            return Ok(());
+        }
         self.netlink.change(RouteNetlinkMessage::NewRoute(message), flags)
     }
 
-    /// Begins capture. Where IPv6 is off, a stop for the day it is not. In one packet: what is dialled between
-    /// the marking of what lives and the last of these is reset.
+    /// Begins capture. In one packet: what is dialled between the marking of what lives and the last of these is reset.
     pub(super) fn capture(&mut self, dns: bool) -> io::Result<()> {
-        let (mut adds, mut stops) = (Vec::new(), Vec::new());
         if !dns {
             // What is led here and steered nowhere would be lost.
-            self.delete_at(&[CAPTURE_DNS])?;
+            let is_dns = |rule: &RuleMessage| {
+                let udp = RuleAttribute::IpProtocol(IpProtocol::Udp);
+                [CAPTURE, STOP].contains(&priority(rule)) && rule.attributes.contains(&udp)
+            };
+            self.delete_where(is_dns)?;
         }
+        let mut all = Vec::new();
         for family in self.families.clone() {
-            let stop = tcp_from_here(family, CAPTURE, RuleAction::Prohibit);
-            if family == AddressFamily::Inet6 && !self.v6 {
-                adds.push(stop);
-                adds.extend(dns.then(|| dns_from_here(family, RuleAction::Prohibit)));
-                continue;
-            }
-            adds.push(to_table(tcp_from_here(family, CAPTURE, RuleAction::ToTable)));
-            stops.push(stop);
+            all.push(to_table(tcp_from_here(family, CAPTURE, RuleAction::ToTable)));
+            all.push(tcp_from_here(family, STOP, RuleAction::Prohibit));
             if dns {
-                adds.push(to_table(dns_from_here(family, RuleAction::ToTable)));
-                stops.push(dns_from_here(family, RuleAction::Prohibit));
+                all.push(to_table(dns_from_here(family, CAPTURE, RuleAction::ToTable)));
+                all.push(dns_from_here(family, STOP, RuleAction::Prohibit));
             }
         }
-        self.add_all(adds)?;
-        stops.into_iter().try_for_each(|stop| self.delete(stop))
+        self.add_all(all)
     }
 
     /// Connections that go on through the proxy keep our table by their mark.
@@ -229,18 +261,21 @@ impl Rules {
 
     /// Ends capture of what is new, in one packet.
     pub(super) fn end_capture(&mut self) -> io::Result<()> {
-        self.delete_at(&[CAPTURE, CAPTURE_DNS])
+        self.delete_where(|rule| [CAPTURE, STOP].contains(&priority(rule)))
     }
 
     /// Takes away the rule of the connections that go on: none is left.
     pub(super) fn end_leaving(&mut self) -> io::Result<()> {
-        self.delete_at(&[LEAVING])
+        self.delete_where(|rule| priority(rule) == LEAVING)
     }
 
-    fn delete_at(&mut self, places: &[u32]) -> io::Result<()> {
-        let chosen = |rule: &RuleMessage| is_ours(rule) && places.contains(&priority(rule));
-        let messages = self.rules()?.into_iter().filter(chosen);
-        let messages = messages.map(|rule| (RouteNetlinkMessage::DelRule(rule), 0)).collect();
+    /// Deletes those of ours, the last ones first: what is led somewhere is not stopped on the way.
+    fn delete_where(&mut self, chosen: impl Fn(&RuleMessage) -> bool) -> io::Result<()> {
+        let mut messages = self.rules()?;
+        messages.retain(|rule| is_ours(rule) && chosen(rule));
+        messages.sort_by_key(|rule| std::cmp::Reverse(priority(rule)));
+        let messages =
+            messages.into_iter().map(|rule| (RouteNetlinkMessage::DelRule(rule), 0)).collect();
         self.netlink.batch(messages)?.into_iter().try_for_each(gone)
     }
 
@@ -366,8 +401,8 @@ fn tcp_from_here(family: AddressFamily, priority: u32, action: RuleAction) -> Ru
 }
 
 /// Datagrams to a DNS server.
-fn dns_from_here(family: AddressFamily, action: RuleAction) -> RuleMessage {
-    let mut message = rule(family, CAPTURE_DNS, action);
+fn dns_from_here(family: AddressFamily, priority: u32, action: RuleAction) -> RuleMessage {
+    let mut message = rule(family, priority, action);
     message.attributes.extend([
         RuleAttribute::Iifname("lo".to_owned()),
         RuleAttribute::IpProtocol(IpProtocol::Udp),
@@ -407,6 +442,30 @@ fn table_of_rule(rule: &RuleMessage) -> u32 {
         _ => None,
     });
     found.unwrap_or(rule.header.table.into())
+}
+
+/// Whether they lead the same: the kernel fills in what was left out.
+fn is_same(one: &RouteMessage, other: &RouteMessage) -> bool {
+    let sense = |route: &RouteMessage| {
+        let mut sense = (None, None, 0);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(device) => sense.0 = Some(*device),
+                RouteAttribute::PrefSource(source) => sense.1 = Some(source.clone()),
+                RouteAttribute::Priority(metric) => sense.2 = *metric,
+                _ => {}
+            }
+        }
+        let header = &route.header;
+        (
+            header.address_family,
+            header.kind,
+            header.protocol,
+            header.destination_prefix_length,
+            sense,
+        )
+    };
+    sense(one) == sense(other)
 }
 
 fn table_of_route(route: &RouteMessage) -> u32 {

@@ -7,13 +7,13 @@ mod steering;
 mod takeover;
 
 use super::{Ebpf, Settings, pins, sys};
-use crate::redirect::{CaptureError, Redirect};
+use crate::redirect::{CaptureError, External, ExternalSettings, Redirect};
 use lab::{
     FAMILIES, Family, Lab, accept, accept_none, dial, dial_in_vain, echo, finish, listen, until,
 };
 use mesh_core::OriginalDst;
 use std::{
-    io::Write,
+    io::{self, Write},
     net::{IpAddr, SocketAddr},
     sync::PoisonError,
 };
@@ -385,6 +385,52 @@ fn somebody_elses_redirection_is_left_alone() {
             "{tag}: {result:?}"
         );
         assert_eq!(lab.traces(), "", "{tag}");
+    }
+}
+
+/// Anybody with the right to may take away what was written in a pod's namespace.
+#[test]
+fn it_is_seen_that_a_pod_is_not_captured() {
+    let lab = Lab::new("unc");
+    let redirect = plain();
+    let pod = redirect.enrol(UID, &lab.pod).unwrap();
+    let why = || redirect.uncaptured(&pod).unwrap().unwrap_or_default();
+    assert_eq!(why(), "");
+    for (take, six, says) in [
+        ("route flush table 100", true, "IPv6 routes of table 100"),
+        ("rule del pref 102", true, "IPv6 rule of preference 102"),
+        ("route flush table 100", false, "IPv4 routes of table 100"),
+        ("rule del pref 99", false, "IPv4 rule of preference 99"),
+    ] {
+        lab.ip("pod", take, six);
+        assert!(why().contains(says), "{take}: {}", why());
+    }
+    redirect.remove(&pod).unwrap();
+    assert!(why().contains("withdrawn"), "{}", why());
+
+    let lab = Lab::new("une");
+    let external = External::new(ExternalSettings::default());
+    let pod = external.enrol(UID, &lab.pod).unwrap();
+    assert!(external.uncaptured(&pod).unwrap().unwrap().contains("istio-cni"));
+    lab.exec("pod", "iptables -t nat -N ISTIO_OUTPUT");
+    assert_eq!(external.uncaptured(&pod).unwrap(), None);
+}
+
+/// Nobody follows the pod here, so that nothing is written again.
+#[test]
+fn without_our_routes_nothing_goes_out() {
+    for taken in ["route flush table 100", "rule del pref 100"] {
+        let lab = Lab::new("stop");
+        let redirect = plain();
+        let pod = redirect.enrol(UID, &lab.pod).unwrap();
+        for Family { peer, any, .. } in FAMILIES {
+            let server = listen(&lab.peer, SocketAddr::new(any, 8080));
+            lab.ip("pod", taken, any.is_ipv6());
+            let refused = dial_in_vain(&lab.pod, SocketAddr::new(peer, 8080)).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied, "{taken}, {peer}");
+            assert!(accept_none(&server));
+        }
+        redirect.remove(&pod).unwrap();
     }
 }
 
