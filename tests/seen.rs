@@ -176,6 +176,9 @@ fn a_connection_is_logged_on_both_sides() {
     once(&scene);
     let lines = complete(&scene);
     says_what_it_should(&scene, &lines);
+    let log = scene.a.with_proxy(|proxy| Ok(proxy.log().since(0))).unwrap();
+    let warns = |line: &String| line.contains("\twarn\t") && line.contains("a local CA signs");
+    assert!(log.iter().any(warns), "{log:#?}");
     for line in &lines {
         let time = line.text.split('\t').next().unwrap();
         assert!(time.len() == 27 && time.ends_with('Z') && time.contains('T'), "{time}");

@@ -7,9 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use mesh_tests::{
     Pod, Program, Scene,
     envoy::{self, HEADER, Route},
-    hbone::{Dial, Tunnel},
+    hbone::{Dial, Listener, Tunnel},
     mesh::{hostname, identity, principal},
-    scene::{HTTP, web},
+    scene::{HTTP, TCP, web},
     topology::NAMESPACE,
 };
 use serde_json::{Value, json};
@@ -118,4 +118,76 @@ fn a_waypoint_that_is_down_is_no_way_round() {
     let has = |dump: &Value| dump["services"].to_string().contains("hboneMtlsPort");
     scene.a.with_proxy(|proxy| proxy.wait_dump("the waypoint", has)).unwrap();
     assert!(scene.ask(&scene.client, web(80)[0]).is_err());
+}
+
+/// What the waypoint of a workload sends to it goes there, and not to the waypoint again.
+#[test]
+fn who_is_the_waypoint_goes_on_to_the_workload() {
+    let mut scene = Scene::start(&[]).unwrap();
+    let waypoint = scene.a.pod("waypoint").unwrap();
+    scene.lab.settle(&[&waypoint]).unwrap();
+    scene.mesh.workload(&waypoint, "waypoint");
+    let vip = "10.96.0.30".parse().unwrap();
+    scene.mesh.service("waypoint", &[vip], &[(15008, 15008)], &[&waypoint]);
+    scene.a.enrol(&waypoint, "waypoint").unwrap();
+    for by_name in [true, false] {
+        let Scene { mesh, server, .. } = &mut scene;
+        let waypoint_of = reference(&waypoint, by_name);
+        mesh.workload_of(server).unwrap().set("waypoint", waypoint_of.clone());
+        scene.apply().unwrap();
+        let destination = waypoint_of["destination"].as_str().unwrap();
+        let has = |dump: &Value| {
+            let mut workloads = dump["workloads"].as_array().unwrap().iter();
+            workloads.any(|workload| workload["waypoint"]["destination"] == destination)
+        };
+        scene.a.with_proxy(|proxy| proxy.wait_dump("the waypoint", has)).unwrap();
+        for (to, own) in scene.server_at(HTTP).into_iter().zip([waypoint.v4(), waypoint.v6()]) {
+            let said = scene.ask_until(&waypoint, to).unwrap();
+            assert_eq!(said["client"], own.to_string());
+            // Nobody but the waypoint gets there: it terminates no tunnels in this test.
+            assert!(scene.ask(&scene.client, to).is_err());
+        }
+    }
+}
+
+/// Several waypoints share the connections of a service by their weights.
+#[test]
+fn waypoints_have_weights() {
+    let mut scene = Scene::start(&[]).unwrap();
+    let pods = ["first", "second"].map(|name| scene.b.pod(name).unwrap());
+    scene.lab.settle(&pods.each_ref()).unwrap();
+    let listeners = pods.each_ref().map(|pod| {
+        scene.mesh.workload(pod, pod.name());
+        let issued = scene.certificate(pod.name()).unwrap();
+        Listener::start(pod.namespace(), &issued, 200).unwrap()
+    });
+    let [to, _] = web(TCP);
+    for (weights, shares) in [([3, 0], [true, false]), ([0, 1], [false, true]), ([1, 1], [true; 2])]
+    {
+        let weighted = pods.iter().zip(weights).map(|(pod, weight)| {
+            let destination =
+                json!({ "destination": format!("/{}", pod.v4()), "hboneMtlsPort": 15008 });
+            json!({ "destination": destination, "weight": weight })
+        });
+        let weighted = Value::Array(weighted.collect());
+        scene.mesh.service_of("web").unwrap().set("weightedWaypoints", weighted.clone());
+        scene.apply().unwrap();
+        let has = |dump: &Value| {
+            let services = dump["services"].as_array().unwrap();
+            services.iter().any(|service| service["weightedWaypoints"] == weighted)
+        };
+        scene.a.with_proxy(|proxy| proxy.wait_dump("the weights", has)).unwrap();
+        let before = listeners.each_ref().map(|listener| listener.seen().len());
+        for _ in 0..30 {
+            // The listener sends everything back, with the command to the server that it is not.
+            let got = scene.client.tcp(to, &["echo", "hello"]).unwrap();
+            assert!(got.err.contains(r"echo\nhello"), "{}", got.err);
+        }
+        let seen = listeners.each_ref().map(|listener| listener.seen().len());
+        let grown = [seen[0] > before[0], seen[1] > before[1]];
+        assert_eq!(grown, shares, "{weights:?}: {before:?}, {seen:?}");
+        let asked =
+            listeners.iter().flat_map(Listener::seen).all(|seen| seen.authority == to.to_string());
+        assert!(asked, "the waypoint is asked for the service");
+    }
 }

@@ -289,6 +289,8 @@ pub struct Seen {
     pub authority: String,
     /// Its headers.
     pub headers: BTreeMap<String, String>,
+    /// Their names, in the order in which they came.
+    pub order: Vec<String>,
     /// Whom it came from.
     pub client: SocketAddr,
 }
@@ -359,6 +361,7 @@ async fn accept(
                     method: request.method().to_string(),
                     authority: request.uri().to_string(),
                     headers: headers.collect(),
+                    order: request.headers().keys().map(ToString::to_string).collect(),
                     client,
                 });
                 let response = Response::builder().status(status).body(())?;

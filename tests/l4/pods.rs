@@ -94,6 +94,41 @@ fn tunnels_belong_to_one_pod() {
     }
 }
 
+/// Tunnels that begin in a pod, by the kernel's table.
+fn tunnels_from(pod: &Pod) -> usize {
+    let table = pod.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"]).unwrap().ok().unwrap();
+    let to = format!(":{TUNNEL:04X}");
+    let is_one = |row: &&str| {
+        let words: Vec<_> = row.split_whitespace().collect();
+        // The peer, and `TCP_ESTABLISHED`.
+        words.get(2).is_some_and(|peer| peer.ends_with(&to)) && words.get(3) == Some(&"01")
+    };
+    table.lines().filter(is_one).count()
+}
+
+#[test]
+fn a_tunnel_carries_so_many_streams_and_goes_when_unused() {
+    let scene =
+        start(&[("POOL_MAX_STREAMS_PER_CONNECTION", "2"), ("POOL_UNUSED_RELEASE_TIMEOUT", "1s")])
+            .unwrap();
+    scene.ask_until(&scene.client, scene.server_at(HTTP)[0]).unwrap();
+    let to = scene.server_at(TCP)[0].to_string();
+    let mut held: Vec<Program> = Vec::new();
+    for _ in 0..5 {
+        let mut program = scene.client.spawn(["tcp", &to, "hold"]).unwrap();
+        program.says("open", SOON).unwrap();
+        held.push(program);
+    }
+    assert_eq!(tunnels_from(&scene.client), 3);
+    drop(held);
+    let none = || {
+        let left = tunnels_from(&scene.client);
+        anyhow::ensure!(left == 0, "{left} tunnels");
+        Ok(())
+    };
+    wait::retry("unused tunnels to go", SOON, none).unwrap();
+}
+
 #[test]
 fn a_pod_that_the_control_plane_does_not_know_waits_and_is_told() {
     let scene = start(&[]).unwrap();

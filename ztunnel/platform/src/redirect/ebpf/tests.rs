@@ -471,7 +471,7 @@ fn ingress_is_left_alone_but_for_tunnels() {
         echo(&client, &served);
         echo(&served, &client);
         let refused = dial(&lab.peer, None, SocketAddr::new(own, 8081)).unwrap_err();
-        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         let _client = dial(&lab.peer, None, SocketAddr::new(own, 15008)).unwrap();
         let (_, from) = accept(&listeners.hbone);
         let to = SocketAddr::new(own, 8080);
