@@ -16,6 +16,7 @@ mod netlink;
 mod pins;
 mod program;
 mod rules;
+mod shared;
 mod sockets;
 mod sys;
 mod sysctls;
@@ -30,24 +31,23 @@ use crate::{
     netns::{Exclusive, Netns},
     socket::Connecting,
 };
-use follow::Follower;
-pub(super) use foreign::chains;
 use mesh_core::OriginalDst;
 use mesh_ebpf_common::MARK_LEAVING;
 use program::{Contents, Marker, Program};
 use rules::{Rules, Surroundings};
+use shared::{Shared, State};
 use std::{
     fs::read_dir,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 use sysctls::{Found, Leaving};
+pub(super) use {foreign::chains, shared::Captured};
 
 /// What istio-cni rewrites the source of kubelet's probes to.
 const PROBES: [IpAddr; 2] = [
@@ -108,87 +108,6 @@ struct Asked<'a> {
     folder: Option<&'a Path>,
     /// Whether it is already.
     captured: bool,
-}
-
-/// What this kind of capture knows of a pod.
-#[derive(Clone, Debug)]
-pub(super) struct Captured(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    netns: Netns,
-    probes: Vec<IpAddr>,
-    ingress: bool,
-    dns: bool,
-    mark: u32,
-    generation: u32,
-    folder: Option<PathBuf>,
-    own: RwLock<Vec<IpAddr>>,
-    /// How the namespace's sysctls were.
-    found: Found,
-    left: Arc<Leaving>,
-    /// Capture is being withdrawn: connections to the application must survive that.
-    leaving: AtomicBool,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    program: Option<Program>,
-    withdrawn: bool,
-    finished: bool,
-}
-
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether somebody has detached the program. One that is not pinned nobody else finds.
-    fn is_detached(&self) -> bool {
-        let ino = u32::try_from(self.netns.id().ino).ok();
-        self.folder.as_deref().is_some_and(|folder| pins::namespace(folder) != ino)
-    }
-
-    /// Takes away what is left once nobody needs it, in the namespace of the thread. Returns whether it did.
-    fn finish_here(&self) -> Result<bool, CaptureError> {
-        let mut rules =
-            Rules::open().map_err(CaptureError::kernel("speak to the kernel's routing"))?;
-        // Where the rule is there again, so is the pod.
-        let again = rules.capturing().map_err(CaptureError::kernel("read the rules"))?;
-        if !again && diag::is_held().map_err(CaptureError::kernel("list the pod's sockets"))? {
-            return Ok(false);
-        }
-        // Somebody else of the same namespace still leaves.
-        if !self.left.end(self.netns.id()) {
-            return Ok(true);
-        }
-        if again {
-            if !self.ingress {
-                self.found.restore_one(sysctls::ACCEPT);
-            }
-            rules.end_leaving().map_err(CaptureError::kernel("take a rule away"))?;
-        } else {
-            rules.flush().map_err(CaptureError::kernel("take the rules away"))?;
-            self.found.restore();
-        }
-        Ok(true)
-    }
-}
-
-impl Captured {
-    /// See [`Pod::yielded`].
-    pub(super) fn yielded(&self, patience: Duration) -> impl Future<Output = ()> + Send + use<> {
-        let shared = Arc::clone(&self.0);
-        async move { shared.yielded(patience).await }
-    }
-
-    /// See [`Pod::follow`].
-    pub(super) fn follower(&self) -> Option<Follower> {
-        Follower::new(Arc::clone(&self.0))
-            .inspect_err(|error| tracing::error!(%error, "a pod's addresses are not followed"))
-            .ok()
-    }
 }
 
 impl Ebpf {
@@ -529,18 +448,7 @@ impl Redirect for Ebpf {
 
     fn uncaptured(&self, pod: &Pod) -> Result<Option<String>, CaptureError> {
         let Recipe::Ebpf(Captured(shared)) = &pod.0.recipe else { return Ok(None) };
-        if shared.state().withdrawn {
-            return Ok(Some("its capture was withdrawn".to_owned()));
-        }
-        if shared.is_detached() {
-            return Ok(Some("its program is detached".to_owned()));
-        }
-        let look = || Rules::open()?.missing(&Surroundings::look()?);
-        shared
-            .netns
-            .run(look)
-            .map_err(CaptureError::kernel("enter the pod's network namespace"))?
-            .map_err(CaptureError::kernel("read the rules"))
+        shared.uncaptured()
     }
 }
 
