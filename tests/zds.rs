@@ -239,10 +239,8 @@ fn what_cannot_be_read_is_refused_and_the_connection_made_anew() {
     let (mut door, peer) = Door::open();
     assert_eq!((peer.add(&door.one), peer.say(&SNAPSHOT)), (ACK.into(), ACK.into()));
     let fds = |door: &mut Door| {
-        let pid = door.proxy.program().id();
-        let all = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-        let links = all.filter_map(|entry| fs::read_link(entry.path()).ok());
-        links.filter(|link| link.to_string_lossy().starts_with("net:")).count()
+        let all = door.proxy.program().descriptors().unwrap();
+        all.iter().filter(|target| target.starts_with("net:")).count()
     };
     let before = fds(&mut door);
     let netns = door.two.namespace().fd().as_raw_fd();

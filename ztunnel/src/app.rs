@@ -19,7 +19,9 @@ use mesh_identity::{
     tls::Context,
 };
 use mesh_platform::{
-    limits, probe,
+    limits,
+    memory::keep_little,
+    probe,
     redirect::{Ebpf, External, Redirect},
 };
 use mesh_runtime::{
@@ -57,6 +59,7 @@ pub(crate) const LAST_LINES: Duration = Duration::from_secs(1);
 pub(crate) fn run(config: Config, log: &LogHandle) -> anyhow::Result<ExitCode> {
     let files = limits::raise_nofile().context("raise the limit of open files (RLIMIT_NOFILE)")?;
     tracing::info!(files, workers = config.process.workers, "starting");
+    keep_little();
     let control = threads::control().context("start the control thread")?;
     let code = control.block_on(serve(config, log));
     log.flush(LAST_LINES);

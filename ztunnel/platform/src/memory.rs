@@ -3,6 +3,23 @@
 
 use std::{fs, io};
 
+/// What is free at the end of a heap and is kept, in bytes.
+const KEPT: i32 = 1 << 20;
+
+/// What is as large as this is a mapping of its own, in bytes, and goes back to the kernel as soon as it is freed.
+/// Buffers of connections are smaller.
+const LARGE: i32 = 1 << 20;
+
+/// Has the allocator keep little that is free. Left alone it learns from what a start allocates and frees to keep up to
+/// tens of megabytes at the end of each thread's heap, where [`give_back_freed`] does not reach.
+pub fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    for (what, value) in [(libc::M_TRIM_THRESHOLD, KEPT), (libc::M_MMAP_THRESHOLD, LARGE)] {
+        // SAFETY: two numbers, for the process's allocator.
+        unsafe { libc::mallopt(what, value) };
+    }
+}
+
 /// Gives memory that was freed back to the kernel, after much of it was: the allocator keeps what lies between
 /// pieces that live. Whoever allocates meanwhile may wait for it, some milliseconds for tens of megabytes.
 pub fn give_back_freed() {
@@ -48,6 +65,9 @@ fn code(maps: &str) -> Vec<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(target_env = "gnu")]
+    use std::sync::Barrier;
+
     #[test]
     fn code_is_what_is_of_a_file_and_never_written() {
         let maps = "\
@@ -76,6 +96,33 @@ mod tests {
     fn resident_kib() -> u64 {
         let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
         pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4
+    }
+
+    /// Without the setting the allocator keeps 48 MiB from then on, in a thread that is not the first one.
+    #[test]
+    #[cfg(target_env = "gnu")]
+    fn what_is_freed_at_the_end_of_a_heap_goes_back() {
+        super::keep_little();
+        drop(vec![7_u8; 24 << 20]);
+        let (full, empty) = (Barrier::new(2), Barrier::new(2));
+        let (before, after) = std::thread::scope(|scope| {
+            // It does nothing else: what it took to look would lie behind the pieces.
+            let behind = scope.spawn(|| {
+                let pieces: Vec<_> = (0..400).map(|_| vec![7_u8; 64 << 10]).collect();
+                full.wait();
+                full.wait();
+                drop(pieces);
+                empty.wait();
+            });
+            full.wait();
+            let before = resident_kib();
+            full.wait();
+            empty.wait();
+            let after = resident_kib();
+            behind.join().unwrap();
+            (before, after)
+        });
+        assert!(after + 20_000 < before, "{before} KiB before, {after} after");
     }
 
     #[test]
