@@ -79,6 +79,15 @@ impl Line {
     }
 }
 
+/// Without what a container runtime begins a line with: the time, the stream, and that the line is whole.
+fn bare(line: &str) -> &str {
+    let mut parts = line.splitn(4, ' ');
+    match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(_time), Some("stdout" | "stderr"), Some("F"), Some(rest)) => rest,
+        _ => line,
+    }
+}
+
 /// `a=1 b="x y"`; a backslash escapes within quotes.
 fn plain_fields(mut text: &str) -> Vec<(String, String)> {
     let mut fields = Vec::new();
@@ -135,7 +144,7 @@ impl Log {
         }
         let text = String::from_utf8_lossy(&bytes);
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().map(str::to_owned).collect()
+        whole.lines().map(|line| bare(line).to_owned()).collect()
     }
 
     /// The access log's lines after the mark.
@@ -172,6 +181,13 @@ mod tests {
         assert_eq!(plain.all(), json.all());
         assert_eq!(plain.field("dst.service"), "web \"x\"");
         assert_eq!(plain.field("none"), "");
+    }
+
+    #[test]
+    fn a_container_runtimes_prefix_is_no_part_of_a_line() {
+        let line = "2026-11-22T02:51:39.9Z\tinfo\taccess\tconnection complete\ta=\"stdout F x\"";
+        assert_eq!(bare(line), line);
+        assert_eq!(bare(&format!("2026-11-22T02:51:39.947229000Z stdout F {line}")), line);
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl Namespace {
         Ok(Self { name: name.to_owned(), file: Arc::new(file) })
     }
 
+    /// The one that this process is in. It has no name of its own, and can be entered while the process lives.
+    pub fn of_process(process: u32) -> Result<Self> {
+        Self::open(&format!("/proc/{process}/ns/net"))
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {

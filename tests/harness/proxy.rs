@@ -27,9 +27,21 @@ const READY: u16 = 15021;
 #[derive(Debug)]
 pub struct Proxy {
     program: Program,
+    doors: Doors,
+}
+
+/// What a node proxy shows, whoever runs it: its ports and its log.
+#[derive(Clone, Debug)]
+pub struct Doors {
     namespace: Namespace,
-    node: String,
     log: PathBuf,
+}
+
+impl std::ops::Deref for Proxy {
+    type Target = Doors;
+    fn deref(&self) -> &Doors {
+        &self.doors
+    }
 }
 
 impl Proxy {
@@ -45,23 +57,11 @@ impl Proxy {
         settings: &[(&str, &str)],
     ) -> Result<Self> {
         let variables = variables(node, settings)?;
-        Self::of(namespace, &node.lab.root, node.name(), &node.lab.ztunnel, variables)
-    }
-
-    /// Starts this executable as the node proxy of a node that is not a lab's, with these settings
-    /// alone; its log is in the folder.
-    pub fn of(
-        namespace: &Namespace,
-        folder: &Path,
-        node: &str,
-        ztunnel: &Path,
-        settings: Vec<(String, String)>,
-    ) -> Result<Self> {
-        let log = log_of(folder, node);
-        let command = [ztunnel.as_os_str(), "proxy".as_ref(), "ztunnel".as_ref()];
-        let start = Start::new(namespace, folder, command);
-        let program = start.environment(settings).log(&log).spawn()?;
-        Ok(Self { program, namespace: namespace.clone(), node: node.to_owned(), log })
+        let log = log_of(&node.lab.root, node.name());
+        let command = [node.lab.ztunnel.as_os_str(), "proxy".as_ref(), "ztunnel".as_ref()];
+        let start = Start::new(namespace, &node.lab.root, command);
+        let program = start.environment(variables).log(&log).spawn()?;
+        Ok(Self { program, doors: Doors::new(namespace, log) })
     }
 
     /// Runs the node proxy's executable with these arguments, to its end.
@@ -90,7 +90,27 @@ impl Proxy {
             }
             Ok(None)
         });
-        ready.map_err(|why| why.context(format!("node proxy of {}: {}", self.node, last.trim())))
+        let who = self.log.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        ready.map_err(|why| why.context(format!("node proxy of {who}: {}", last.trim())))
+    }
+
+    /// The process.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.program
+    }
+
+    /// SIGTERM, and the exit code.
+    pub fn terminate(&mut self, deadline: Duration) -> Result<i32> {
+        self.program.signal(Signal::SIGTERM)?;
+        self.program.wait(deadline)
+    }
+}
+
+impl Doors {
+    /// Of the node proxy in this namespace, whose log is there.
+    #[must_use]
+    pub fn new(namespace: &Namespace, log: PathBuf) -> Self {
+        Self { namespace: namespace.clone(), log }
     }
 
     /// What readiness says now: the status and the body.
@@ -155,17 +175,6 @@ impl Proxy {
             Ok(log.access_since(mark).into_iter().find(|line| is(line)))
         })
         .map_err(|why| why.context(log.tail(6)))
-    }
-
-    /// The process.
-    pub fn program(&mut self) -> &mut Program {
-        &mut self.program
-    }
-
-    /// SIGTERM, and the exit code.
-    pub fn terminate(&mut self, deadline: Duration) -> Result<i32> {
-        self.program.signal(Signal::SIGTERM)?;
-        self.program.wait(deadline)
     }
 }
 

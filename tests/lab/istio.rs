@@ -24,6 +24,13 @@ use nix::{
 
 use crate::{Options, istio::bed::Bed, report::Report};
 
+const HINTS: &str = "
+It stays up. From another terminal:
+  cargo lab istio -- kubectl get pods -A -o wide
+  cargo lab istio -- kubectl -n istio-system logs -l app=ztunnel --prefix -f
+  cargo lab istio -- istioctl ztunnel-config workloads --node node-a
+  cargo lab istio-stop";
+
 /// Builds the bed's programs where that is needed, and becomes the process that runs the bed with
 /// [`inside`] in it: namespaces and all of its processes end with that.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -33,17 +40,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let said = String::from_utf8(built.stdout)?;
     let bin = PathBuf::from(said.lines().last().context("the build says no folder")?);
     let run = std::env::temp_dir().join(format!("ambient-istio-{}", std::process::id()));
+    let this = std::env::current_exe()?;
+    let node_proxy = match &options.ztunnel {
+        Some(theirs) => theirs.canonicalize().context("no such node proxy")?,
+        None => this.clone(),
+    };
     let mut command = Command::new(scripts.join("cluster.sh"));
-    command.env("NODES", "2").arg(&bin).arg(&run).arg(std::env::current_exe()?);
+    command.env("NODES", "2").env("NODE_PROXY", node_proxy).arg(&bin).arg(&run).arg(this);
     command.arg("istio-inside").arg(&bin).arg(&run);
     if options.json {
         command.arg("--json").stderr(Stdio::null());
     }
     if options.keeps() {
         command.arg("--keep");
-    }
-    if let Some(ztunnel) = &options.ztunnel {
-        command.arg("--ztunnel").arg(ztunnel);
     }
     command.env("BED_TEMPORARY", "yes");
     Err(anyhow::Error::new(command.exec()).context("cluster.sh"))
@@ -54,7 +63,7 @@ pub(crate) fn inside(options: &Options, words: &[&str]) -> Result<ExitCode> {
     let &[bin, run] = words else { bail!("for cluster.sh alone") };
     let mut report = Report::new(options.json);
     report.stage("two nodes of Kubernetes, istiod, istio-cni; a node proxy for each");
-    let mut bed = Bed::new(Path::new(bin), Path::new(run), options.ztunnel.as_deref())?;
+    let mut bed = Bed::new(Path::new(bin), Path::new(run))?;
     report.check("nodes", || bed.start());
     report.check("workloads", || bed.populate());
     if report.failed() == 0 {
@@ -72,7 +81,7 @@ pub(crate) fn inside(options: &Options, words: &[&str]) -> Result<ExitCode> {
         eprintln!("The logs are in {}", kept.display());
     }
     if options.keeps() {
-        println!("{}", hints(&bed));
+        println!("{HINTS}");
         bed.stay();
     }
     Ok(if held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -118,20 +127,6 @@ fn held() -> Result<Held> {
         }
     }
     bail!("no real mesh is up: `cargo lab --istio --keep` leaves one")
-}
-
-fn hints(bed: &Bed) -> String {
-    let mut lines = vec![
-        String::from("\nIt stays up. From another terminal:"),
-        String::from("  cargo lab istio -- kubectl get pods -A -o wide"),
-        format!(
-            "  cargo lab istio -- istioctl ztunnel-config workloads --file {}",
-            bed.dump_file().display()
-        ),
-    ];
-    lines.extend(bed.logs().map(|log| format!("  tail -f {}", log.display())));
-    lines.push("  cargo lab istio-stop".into());
-    lines.join("\n")
 }
 
 /// The words of a command as the harness takes them.

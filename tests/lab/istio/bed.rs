@@ -1,7 +1,6 @@
 //! The bed, seen from within: kubectl, pods and what runs in them, the node proxies.
 
 use std::{
-    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -12,7 +11,7 @@ use mesh_tests::{
     Program,
     netns::Namespace,
     program::{Finished, Start},
-    proxy::Proxy,
+    proxy::Doors,
     realmesh,
     wait::{self, SOON},
 };
@@ -26,17 +25,25 @@ use super::words;
 
 /// Where the API server and istiod are reached.
 const HOST: &str = "192.0.2.1";
-const NODES: [(&str, &str); 2] = [("node-a", HOST), ("node-b", "192.0.2.6")];
+const NODES: [&str; 2] = ["node-a", "node-b"];
+/// Where the node proxies are.
+const SYSTEM: &str = "istio-system";
 /// Kubernetes takes its time to start pods on two cores.
 pub(super) const KUBERNETES: Duration = Duration::from_secs(90);
 
-/// A node and its proxy.
+/// A node and the pod of its proxy.
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) name: &'static str,
-    address: &'static str,
     pub(super) namespace: Namespace,
-    proxy: Option<Proxy>,
+    proxy: Option<NodeProxy>,
+}
+
+/// A node proxy that a `DaemonSet` has started.
+#[derive(Debug)]
+struct NodeProxy {
+    process: u32,
+    doors: Doors,
 }
 
 /// Two nodes of a cluster.
@@ -44,7 +51,6 @@ pub(super) struct Node {
 pub(super) struct Bed {
     bin: PathBuf,
     run: PathBuf,
-    ztunnel: PathBuf,
     pub(super) nodes: [Node; 2],
 }
 
@@ -52,6 +58,7 @@ pub(super) struct Bed {
 #[derive(Clone, Debug)]
 pub(super) struct KubePod {
     pub(super) name: String,
+    uid: String,
     pub(super) address: String,
     pub(super) node: String,
     /// What istio-cni says of it.
@@ -60,93 +67,90 @@ pub(super) struct KubePod {
 }
 
 impl Node {
-    pub(super) fn proxy(&self) -> Result<&Proxy> {
-        self.proxy.as_ref().with_context(|| format!("no node proxy on {}", self.name))
+    /// What its proxy shows.
+    pub(super) fn proxy(&self) -> Result<&Doors> {
+        let proxy = self.proxy.as_ref().map(|proxy| &proxy.doors);
+        proxy.with_context(|| format!("no node proxy on {}", self.name))
+    }
+
+    fn process(&self) -> Result<u32> {
+        let proxy = self.proxy.as_ref().map(|proxy| proxy.process);
+        proxy.with_context(|| format!("no node proxy on {}", self.name))
     }
 }
 
 impl Bed {
-    pub(super) fn new(bin: &Path, run: &Path, ztunnel: Option<&Path>) -> Result<Self> {
-        let node = |(name, address)| -> Result<Node> {
-            let namespace = Namespace::open(name)?;
-            Ok(Node { name, address, namespace, proxy: None })
+    pub(super) fn new(bin: &Path, run: &Path) -> Result<Self> {
+        let node = |name| -> Result<Node> {
+            Ok(Node { name, namespace: Namespace::open(name)?, proxy: None })
         };
         let [a, b] = NODES.map(node);
-        let ztunnel = match ztunnel {
-            Some(theirs) => theirs.canonicalize()?,
-            None => mesh_tests::internal::ztunnel_in(run)?,
-        };
-        Ok(Self { bin: bin.to_owned(), run: run.to_owned(), ztunnel, nodes: [a?, b?] })
+        Ok(Self { bin: bin.to_owned(), run: run.to_owned(), nodes: [a?, b?] })
     }
 
-    /// The accounts and pods that the node proxies' tokens are bound to, and the proxies.
+    /// The node proxies, as `deploy/ztunnel.yaml` has them.
     pub(super) fn start(&mut self) -> Result<String> {
         self.kubectl(&["wait", "--for=condition=Ready", "node", "--all", "--timeout=60s"])?;
-        let mut objects = String::from(
-            "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: ztunnel, namespace: istio-system}\n",
-        );
-        for (name, _) in NODES {
-            write!(
-                objects,
-                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: ztunnel-{name}, namespace: istio-system, \
-                 labels: {{app: ztunnel, istio.io/dataplane-mode: none}}}}\nspec: {{serviceAccountName: ztunnel, \
-                 nodeName: {name}, hostNetwork: true, terminationGracePeriodSeconds: 1, \
-                 containers: [{{name: z, image: \"lab.test/app:1\", imagePullPolicy: Never}}]}}\n"
-            )?;
-        }
-        self.apply(&objects)?;
-        for index in 0..self.nodes.len() {
-            self.start_proxy(index)?;
-        }
-        Ok("istiod has signed on both; istio-cni has handed over its snapshot".to_owned())
+        let overlay = realmesh::folder()?.join("mesh/node-proxy");
+        let overlay = overlay.to_string_lossy();
+        // The manifest is not below the folder of what is laid over it.
+        let anywhere = ["kustomize", "--load-restrictor", "LoadRestrictionsNone", &overlay];
+        self.apply(&self.kubectl(&anywhere)?)?;
+        self.rolled_out()?;
+        self.find_proxies()?;
+        Ok("the DaemonSet's pods are ready: istiod has signed on both, istio-cni has handed over its snapshot".to_owned())
     }
 
-    /// Starts the node proxy of a node, and waits until it is ready.
-    pub(super) fn start_proxy(&mut self, index: usize) -> Result<()> {
-        let (bin, run, ztunnel) = (&self.bin, &self.run, &self.ztunnel);
-        let node = self.nodes.get_mut(index).context("no such node")?;
-        let folder = run.join(node.name).join("ztunnel");
-        fs::create_dir_all(&folder)?;
-        let pod = format!("ztunnel-{}", node.name);
-        let token = folder.join("token");
-        let said = kube(
-            run,
-            &bin.join("lab"),
-            &["token", "-n", "istio-system", "-sa", "ztunnel", "-pod", &pod, "-aud", "istio-ca"],
-        )?;
-        fs::write(&token, said)?;
-        let text = |path: PathBuf| path.to_string_lossy().into_owned();
-        let istiod = format!("https://{HOST}:15012");
-        let settings = [
-            ("INPOD_UDS", text(run.join(node.name).join("zt/ztunnel.sock"))),
-            ("XDS_ADDRESS", istiod.clone()),
-            ("CA_ADDRESS", istiod),
-            ("XDS_ROOT_CA", text(run.join("root.pem"))),
-            ("CA_ROOT_CA", text(run.join("root.pem"))),
-            ("ALT_XDS_HOSTNAME", "istiod.istio-system.svc".to_owned()),
-            ("ALT_CA_HOSTNAME", "istiod.istio-system.svc".to_owned()),
-            ("AUTH_TOKEN", text(token)),
-            ("CLUSTER_ID", "Kubernetes".to_owned()),
-            ("NODE_NAME", node.name.to_owned()),
-            ("POD_NAME", pod),
-            ("POD_NAMESPACE", "istio-system".to_owned()),
-            ("SERVICE_ACCOUNT", "ztunnel".to_owned()),
-            ("INSTANCE_IP", node.address.to_owned()),
-            ("ZTUNNEL_WORKER_THREADS", "2".to_owned()),
-            ("RUST_BACKTRACE", "1".to_owned()),
-        ]
-        .map(|(key, value)| (key.to_owned(), value));
-        node.proxy = None;
-        let proxy = Proxy::of(&node.namespace, &folder, node.name, ztunnel, settings.into())?;
-        proxy.wait_ready(KUBERNETES)?;
-        node.proxy = Some(proxy);
+    /// Waits until the `DaemonSet` is as it is to be on both nodes.
+    pub(super) fn rolled_out(&self) -> Result<()> {
+        let status = ["rollout", "status", "daemonset/ztunnel", "--timeout=120s"];
+        self.kubectl(&[&["-n", SYSTEM], &status[..]].concat()).map(drop)
+    }
+
+    /// Finds the processes of the node proxies, after they may have become others, and waits until they are ready.
+    pub(super) fn find_proxies(&mut self) -> Result<()> {
+        for name in NODES {
+            let proxy = wait::retry(&format!("the node proxy of {name}"), KUBERNETES, || {
+                let pod = self.proxy_pod(name)?;
+                let process = process_of(&pod.name, b"/usr/local/bin/ztunnel\0")?;
+                let log = self.newest_log(&pod)?;
+                let doors = Doors::new(&Namespace::of_process(process)?, log);
+                let said = doors.readiness()?;
+                ensure!(said.status == 200, "{}", said.body.trim());
+                Ok(NodeProxy { process, doors })
+            })?;
+            let node = self.nodes.iter_mut().find(|node| node.name == name);
+            node.context("no such node")?.proxy = Some(proxy);
+        }
         Ok(())
     }
 
-    /// Kills the node proxy of a node.
-    pub(super) fn kill_proxy(&mut self, index: usize) -> Result<()> {
-        self.nodes.get_mut(index).context("no such node")?.proxy = None;
-        Ok(())
+    /// The pod of a node's proxy.
+    pub(super) fn proxy_pod(&self, node: &str) -> Result<KubePod> {
+        let pods = self.pods(SYSTEM, Some("ztunnel"))?;
+        let mut pods = pods.into_iter().filter(|pod| pod.node == node);
+        pods.next().with_context(|| format!("no node proxy of {node} is ready"))
+    }
+
+    /// What the newest container of a node proxy's pod has said.
+    fn newest_log(&self, pod: &KubePod) -> Result<PathBuf> {
+        let folder = format!("{SYSTEM}_{}_{}/istio-proxy", pod.name, pod.uid);
+        let folder = self.run.join(&pod.node).join("logs").join(folder);
+        let all = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+        let number = |path: &PathBuf| path.file_stem()?.to_str()?.parse::<u32>().ok();
+        let logs = all.flatten().map(|entry| entry.path());
+        logs.max_by_key(number).context("it has said nothing yet")
+    }
+
+    /// Kills the node proxy of a node, as a process.
+    pub(super) fn kill_proxy(&self, node: &str) -> Result<()> {
+        let process = i32::try_from(self.node(node)?.process()?)?;
+        Ok(kill(Pid::from_raw(process), Signal::SIGKILL)?)
+    }
+
+    fn node(&self, name: &str) -> Result<&Node> {
+        let node = self.nodes.iter().find(|node| node.name == name);
+        node.with_context(|| format!("no node {name}"))
     }
 
     /// All that the checks need, up and enrolled.
@@ -188,10 +192,11 @@ impl Bed {
         kube(&self.run, &self.bin.join("istioctl"), arguments)
     }
 
-    /// Asks istiod for a certificate of this identity with the token of the first node's proxy.
+    /// Asks istiod for a certificate of this identity with the token that kubelet has given the first node's proxy.
     pub(super) fn certificate(&self, identity: &str) -> Result<String> {
         let root = self.run.join("root.pem");
-        let token = format!("@{}", self.run.join("node-a/ztunnel/token").display());
+        let [node, _] = &self.nodes;
+        let token = format!("@/proc/{}/root/var/run/secrets/tokens/istio-token", node.process()?);
         let address = format!("{HOST}:15012");
         let root = root.to_string_lossy();
         let asked = ["csr", "-addr", &address, "-ca", &root, "-token", &token, "-id", identity];
@@ -242,6 +247,7 @@ impl Bed {
             let restarts = pod.pointer("/status/containerStatuses/0/restartCount");
             pods.push(KubePod {
                 name: at(pod, "/metadata/name").context("a pod without a name")?,
+                uid: at(pod, "/metadata/uid").context("a pod without a uid")?,
                 address: at(pod, "/status/podIP").context("a pod without an address")?,
                 node: at(pod, "/spec/nodeName").context("a pod without a node")?,
                 enrolled: annotation.as_deref() == Some("enabled"),
@@ -272,7 +278,7 @@ impl Bed {
 
     /// Starts the program of the image in a pod: `get`, `loop`, `hold`.
     pub(super) fn exec(&self, pod: &KubePod, arguments: &[&str]) -> Result<Program> {
-        let process = process_of(&pod.name)?.to_string();
+        let process = process_of(&pod.name, b"/app\0serve\0")?.to_string();
         let enter = ["nsenter", "-t", &process, "-m", "-n", "/app"];
         let command = words(&enter).into_iter().chain(words(arguments));
         let [node, _] = &self.nodes;
@@ -301,40 +307,29 @@ impl Bed {
     }
 
     /// The node proxy of the pod's node.
-    pub(super) fn proxy_of(&self, pod: &KubePod) -> Result<&Proxy> {
-        let node = self.nodes.iter().find(|node| node.name == pod.node);
-        node.with_context(|| format!("no node {}", pod.node))?.proxy()
-    }
-
-    /// What the first node's proxy knows, in a file for istioctl.
-    pub(super) fn dump(&self) -> Result<PathBuf> {
-        let [node, _] = &self.nodes;
-        let file = self.dump_file();
-        fs::write(&file, node.proxy()?.admin("GET", "/config_dump")?.body)?;
-        Ok(file)
-    }
-
-    pub(super) fn dump_file(&self) -> PathBuf {
-        self.run.join("config_dump.json")
-    }
-
-    pub(super) fn logs(&self) -> impl Iterator<Item = PathBuf> {
-        let logs = self.nodes.each_ref().map(|node| {
-            mesh_tests::proxy::log_of(&self.run.join(node.name).join("ztunnel"), node.name)
-        });
-        logs.into_iter()
+    pub(super) fn proxy_of(&self, pod: &KubePod) -> Result<&Doors> {
+        self.node(&pod.node)?.proxy()
     }
 
     /// Copies what tells why a check failed to a folder that stays.
     pub(super) fn save_logs(&self) -> Result<PathBuf> {
         let to = PathBuf::from(format!("{}-logs", self.run.display()));
         fs::create_dir_all(&to)?;
-        let mut all: Vec<PathBuf> = self.logs().collect();
-        all.extend(["istiod.log", "manager.log"].map(|name| self.run.join(name)));
-        all.extend(NODES.map(|(name, _)| self.run.join(name).join("cni.log")));
-        for (number, log) in all.iter().enumerate() {
-            let name = log.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let _none = fs::copy(log, to.join(format!("{number}-{name}")));
+        let keep = |from: &Path, name: &str| drop(fs::copy(from, to.join(name)));
+        for name in ["istiod.log", "manager.log", "apiserver.log"] {
+            keep(&self.run.join(name), name);
+        }
+        for node in NODES {
+            for name in ["cni.log", "kubelet.log"] {
+                keep(&self.run.join(node).join(name), &format!("{node}-{name}"));
+            }
+            for pod in fs::read_dir(self.run.join(node).join("logs"))?.flatten() {
+                let proxies = fs::read_dir(pod.path().join("istio-proxy")).into_iter().flatten();
+                for (number, log) in proxies.flatten().enumerate() {
+                    let pod = pod.file_name().to_string_lossy().into_owned();
+                    keep(&log.path(), &format!("{pod}-{number}.log"));
+                }
+            }
         }
         Ok(to)
     }
@@ -357,15 +352,16 @@ fn kube(run: &Path, program: &Path, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8(finished.stdout)?)
 }
 
-/// A process that serves in the pod: pods are the hosts of their names.
-fn process_of(pod: &str) -> Result<u32> {
+/// The process in the pod whose command begins so: pods are the hosts of their names.
+fn process_of(pod: &str, command: &[u8]) -> Result<u32> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(process) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let read = |file: &str| fs::read(entry.path().join(file)).unwrap_or_default();
-        let serves = read("cmdline").starts_with(b"/app\0serve\0");
-        if serves && read("root/etc/hostname").trim_ascii() == pod.as_bytes() {
+        if read("cmdline").starts_with(command)
+            && read("root/etc/hostname").trim_ascii() == pod.as_bytes()
+        {
             return Ok(process);
         }
     }

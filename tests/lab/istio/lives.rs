@@ -18,6 +18,8 @@ pub(super) fn check(bed: &mut Bed, stays: bool, report: &mut Report) -> Result<(
     report.check("rolled", || rolled(bed));
     report.check("labelled", || labelled(bed));
     report.check("node-proxy-killed", || killed(bed));
+    report.check("node-proxy-deleted", || deleted(bed));
+    report.check("node-proxy-rolled", || rolled_over(bed));
     // The last: nothing brings it back.
     if !stays {
         report.check("istiod-killed", || without_istiod(bed));
@@ -90,16 +92,21 @@ fn labelled(bed: &Bed) -> Result<String> {
     let (held, failures) = end_loop(running)?;
     let lives = open.is_running();
     // Clients hear of an un-enrolment from istiod, a debounce of 100 ms after istio-cni has taken its rules away.
-    let span = match (failures.first(), failures.last()) {
-        (Some(first), Some(last)) => moment(last)? - moment(first)?,
-        _ => 0,
-    };
+    let span = span(&failures)?;
     ensure!(span < 2000, "requests failed for {span} ms: {failures:?}");
     let lost = failures.len();
     let open = if lives { "lives" } else { "was ended" };
     Ok(format!(
         "{held} requests held, {lost} failed within {span} ms; a connection from before {open}"
     ))
+}
+
+/// From the first failure to the last, in milliseconds.
+fn span(failures: &[String]) -> Result<i64> {
+    match (failures.first(), failures.last()) {
+        (Some(first), Some(last)) => Ok(moment(last)? - moment(first)?),
+        _ => Ok(0),
+    }
 }
 
 /// The millisecond of the day that a failure begins with.
@@ -112,18 +119,64 @@ fn moment(failure: &str) -> Result<i64> {
     Ok(moment)
 }
 
-/// The node proxy of the client's node is killed: nothing goes past it; started again, all works.
+/// The node proxy of the client's node is killed: nothing goes past it, and its kubelet starts it again.
 fn killed(bed: &mut Bed) -> Result<String> {
     let client = bed.pod("shop", "client")?;
     let [_, far] = bed.servers()?;
     let url = format!("http://{}:8080/", far.address);
     bed.reaches(&client, &url)?;
-    bed.kill_proxy(0)?;
+    let before = bed.proxy_pod(&client.node)?;
+    bed.kill_proxy(&client.node)?;
     let refused = bed.refused(&client, &url)?;
-    bed.start_proxy(0)?;
+    wait::until("kubelet to start it again", KUBERNETES, || {
+        let now = bed.proxy_pod(&client.node).ok();
+        Ok(now.filter(|now| now.name == before.name && now.restarts == before.restarts + 1))
+    })?;
+    bed.find_proxies()?;
     bed.reaches(&client, &url)?;
     wait::retry("its Service", Duration::from_secs(20), || bed.get(&client, "http://server/"))?;
-    Ok(format!("killed: \"{refused}\"; started again: answered"))
+    Ok(format!("killed: \"{refused}\"; kubelet started it again: answered"))
+}
+
+/// Its pod is deleted: the `DaemonSet` makes another, and in between nothing goes past it.
+fn deleted(bed: &mut Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let [_, far] = bed.servers()?;
+    let url = format!("http://{}:8080/", far.address);
+    let before = bed.proxy_pod(&client.node)?;
+    let running = start_loop(bed, &client, &url)?;
+    let mark = bed.proxy_of(&far)?.log().mark();
+    bed.kubectl(&["-n", "istio-system", "delete", "pod", &before.name])?;
+    bed.rolled_out()?;
+    bed.find_proxies()?;
+    bed.reaches(&client, &url)?;
+    let (held, failures) = end_loop(running)?;
+    let seen = bed.proxy_of(&far)?.log().access_since(mark);
+    let past = seen.iter().find(|line| {
+        line.field("src.addr").starts_with(&format!("{}:", client.address))
+            && line.field("src.identity").is_empty()
+    });
+    ensure!(past.is_none(), "one went past it: {}", past.context("none")?.text);
+    let span = span(&failures)?;
+    Ok(format!("another pod: {held} requests held, {} failed within {span} ms", failures.len()))
+}
+
+/// The `DaemonSet` is rolled while a client loops: the new one serves before the old one leaves.
+fn rolled_over(bed: &mut Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let before = bed.proxy_pod(&client.node)?;
+    let running = start_loop(bed, &client, "http://server/")?;
+    bed.kubectl(&["-n", "istio-system", "rollout", "restart", "daemonset/ztunnel"])?;
+    bed.rolled_out()?;
+    wait::until("the old node proxy to end", KUBERNETES, || {
+        let all = bed.kubectl(&["-n", "istio-system", "get", "pods", "-o", "name"])?;
+        Ok((!all.contains(&before.name)).then_some(()))
+    })?;
+    bed.find_proxies()?;
+    bed.reaches(&client, "http://server/")?;
+    let (held, failures) = end_loop(running)?;
+    ensure!(failures.is_empty(), "{} of {held} requests failed: {failures:?}", failures.len());
+    Ok(format!("{held} requests, none failed"))
 }
 
 /// Without istiod what is open goes on, new connections are made, and the log says that it is gone.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real Istio but for ztunnel on one or two real nodes, then COMMAND inside of
-# it, then the end of it all. usage: [NODES=2] cluster.sh BIN RUN COMMAND...
+# it, then the end of it all. usage: [NODES=2] [NODE_PROXY=PROGRAM] cluster.sh BIN RUN COMMAND...
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 if [ -z "${IN_CLUSTER:-}" ]; then
@@ -24,8 +24,10 @@ if [ "${NODES:-1}" = 2 ]; then # the second node: its own network namespace, one
   in_b() { nsenter --net=/run/netns/node-b "$@"; }
   in_b ip link set lo up; in_b ip addr add 192.0.2.6/30 dev to-a; in_b ip link set to-a up
   in_b ip route add default via 192.0.2.5; in_b sysctl -qw net.ipv4.ip_forward=1
-  POD_NET=10.1.1 NODE_IP=192.0.2.6 SCHEDULER=no in_b "$here/node.sh" "$bin" "$run" node-b
-  in_b unshare --mount --propagation slave bash -c 'mount -t tmpfs none /opt; exec "$@"' bash "$here/cni.sh" "$bin" "$run" node-b
+  # and its own folders where a node has one of each; what it mounts is seen in there alone
+  POD_NET=10.1.1 NODE_IP=192.0.2.6 SCHEDULER=no in_b unshare --mount --propagation slave bash -c '
+    mount --make-rshared /; mount -t tmpfs none /opt; mkdir -p /run/ztunnel; mount -t tmpfs none /run/ztunnel
+    "$1/node.sh" "${@:2}"; "$1/cni.sh" "${@:2}"' bash "$here" "$bin" "$run" node-b
 fi
 export KUBECONFIG=$run/kubeconfig
 "$@"

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Adds one real node (containerd, kubelet, CNI bridge, kube-scheduler) to what
 # up.sh started. usage: node.sh BIN RUN NAME; POD_NET (first three
-# octets), NODE_IP and SCHEDULER=no for a second one. Run it, and up.sh, inside a
-# network namespace of its own: the bridge and the routes land there.
+# octets), NODE_IP and SCHEDULER=no for a second one; NODE_PROXY is an executable
+# of which to have an image, lab.test/ztunnel:1. Run it, and up.sh, inside a network
+# namespace of its own: the bridge and the routes land there; and each node in a
+# mount namespace of its own: all have /run/ztunnel and /opt/cni.
 set -euo pipefail
 bin=$(realpath "$1"); run=$(realpath "$2"); name=$3; here=$(dirname "$(realpath "$0")")
 start() { local n=$1; shift; setsid "$@" >"$d/$n.log" 2>&1 </dev/null & echo $! >"$d/$n.pid"; }
@@ -36,8 +38,9 @@ J
 cat >"$d/kubelet.yaml" <<Y
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-address: 127.0.0.1
+address: ${NODE_IP:-192.0.2.1}
 readOnlyPort: 0
+podLogsDir: $d/logs
 failCgroupV1: false
 cgroupDriver: cgroupfs
 cgroupsPerQOS: true
@@ -59,7 +62,11 @@ done
 start containerd containerd --config "$d/containerd.toml"
 ctr=(ctr -a "$d/containerd.sock" -n k8s.io)
 upto "${ctr[@]}" version
-python3 "$here/image.py" "$bin/app" lab.test/app:1 "$d/app.tar"; "${ctr[@]}" images import "$d/app.tar"
+python3 "$here/image.py" "$bin/app" /app lab.test/app:1 "$d/image.tar"; "${ctr[@]}" images import "$d/image.tar"
+if [ -n "${NODE_PROXY:-}" ]; then
+  python3 "$here/image.py" "$NODE_PROXY" /usr/local/bin/ztunnel lab.test/ztunnel:1 "$d/image.tar"; "${ctr[@]}" images import "$d/image.tar"
+fi
+rm "$d/image.tar"
 [ "${SCHEDULER:-}" = no ] || start scheduler "$bin/kube" scheduler --kubeconfig "$run/kubeconfig" --leader-elect=false --bind-address 127.0.0.1
 start kubelet "$bin/kube" kubelet --config "$d/kubelet.yaml" --kubeconfig "$run/kubeconfig" --root-dir "$d/kubelet" --cert-dir "$d/pki" \
   --hostname-override "$name" --node-ip "${NODE_IP:-192.0.2.1}" --v=2

@@ -17,7 +17,7 @@ etcd)
 apiserver)
   start "$bin/kube" apiserver --etcd-servers http://127.0.0.1:2379 \
     --bind-address "$host" --advertise-address "$host" --secure-port 6443 --cert-dir "$run/pki" \
-    --token-auth-file pki/tokens.csv --authorization-mode RBAC --allow-privileged=true \
+    --token-auth-file pki/tokens.csv --authorization-mode RBAC --allow-privileged=true --kubelet-preferred-address-types=InternalIP \
     --service-account-issuer https://kubernetes.default.svc --service-account-key-file pki/sa.pub --service-account-signing-key-file pki/sa.key \
     --service-cluster-ip-range 10.96.0.0/16
   upto curl -skf -H "Authorization: Bearer $(cut -d, -f1 pki/tokens.csv)" "https://$host:6443/readyz" ;;
