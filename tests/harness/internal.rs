@@ -56,7 +56,7 @@ pub fn dispatch() -> Option<ExitCode> {
 }
 
 /// The node proxy that is built into this executable, by its name in the folder.
-pub fn ztunnel_in(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn ztunnel_in(folder: &Path) -> Result<PathBuf> {
     let link = folder.join(ZTUNNEL);
     std::os::unix::fs::symlink(executable(), &link)?;
     Ok(link)

@@ -17,6 +17,7 @@ fi
 bin=$(realpath "$1"); mkdir -p "$2"; run=$(realpath "$2"); shift 2
 touch /run/netns/node-a; mount --bind /proc/self/ns/net /run/netns/node-a # the first node by name as well
 export CONTROLLERS='*' HOST=${NODE_IP:-192.0.2.1}
+exec 3>&1 >&2 # what is said on the way is not COMMAND's
 "$here/up.sh" "$bin" "$run"; "$here/node.sh" "$bin" "$run" node-a; "$here/cni.sh" "$bin" "$run" node-a
 if [ "${NODES:-1}" = 2 ]; then # the second node: its own network namespace, one wire to the first
   ip netns add node-b; ip link add to-b type veth peer name to-a netns node-b
@@ -30,4 +31,4 @@ if [ "${NODES:-1}" = 2 ]; then # the second node: its own network namespace, one
     "$1/node.sh" "${@:2}"; "$1/cni.sh" "${@:2}"' bash "$here" "$bin" "$run" node-b
 fi
 export KUBECONFIG=$run/kubeconfig
-"$@"
+"$@" >&3 3>&-
