@@ -3,6 +3,7 @@
 
 mod authorization;
 mod bed;
+mod ipv6;
 mod lives;
 mod paths;
 mod services;
@@ -69,6 +70,7 @@ pub(crate) fn inside(options: &Options, words: &[&str]) -> Result<ExitCode> {
     if report.failed() == 0 {
         paths::check(&bed, &mut report)?;
         authorization::check(&bed, &mut report)?;
+        ipv6::check(&bed, &mut report)?;
         services::check(&bed, &mut report)?;
         lives::check(&mut bed, options.keeps(), &mut report)?;
     }

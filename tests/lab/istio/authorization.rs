@@ -54,14 +54,14 @@ struct Case<'a> {
     legacy: KubePod,
 }
 
-fn policy(action: &str, rules: &str) -> String {
+pub(super) fn policy(action: &str, rules: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: lab, namespace: shop}}\n\
          spec:\n  selector: {{matchLabels: {{app: server}}}}\n  action: {action}\n  rules:\n  {rules}\n"
     )
 }
 
-fn strict(ports: &str) -> String {
+pub(super) fn strict(ports: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: lab, namespace: shop}}\n\
          spec:\n  selector: {{matchLabels: {{app: server}}}}\n  mtls: {{mode: STRICT}}\n{ports}"

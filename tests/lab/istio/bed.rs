@@ -60,6 +60,7 @@ pub(super) struct KubePod {
     pub(super) name: String,
     uid: String,
     pub(super) address: String,
+    pub(super) ipv6: String,
     pub(super) node: String,
     /// What istio-cni says of it.
     pub(super) enrolled: bool,
@@ -249,6 +250,7 @@ impl Bed {
                 name: at(pod, "/metadata/name").context("a pod without a name")?,
                 uid: at(pod, "/metadata/uid").context("a pod without a uid")?,
                 address: at(pod, "/status/podIP").context("a pod without an address")?,
+                ipv6: at(pod, "/status/podIPs/1/ip").context("a pod without a second address")?,
                 node: at(pod, "/spec/nodeName").context("a pod without a node")?,
                 enrolled: annotation.as_deref() == Some("enabled"),
                 restarts: restarts.and_then(Value::as_u64).unwrap_or_default(),

@@ -112,7 +112,7 @@ fn seen(bed: &Bed, client: &KubePod, far: &KubePod, report: &mut Report) {
 }
 
 /// Both servers answer, sooner or later.
-fn both(bed: &Bed, client: &KubePod, url: &str) -> Result<String> {
+pub(super) fn both(bed: &Bed, client: &KubePod, url: &str) -> Result<String> {
     let mut pods = std::collections::BTreeSet::new();
     for _ in 0..40 {
         pods.insert(text(&bed.reaches(client, url)?, "pod").to_owned());

@@ -9,7 +9,7 @@ set -euo pipefail
 bin=$(realpath "$1"); run=$(realpath "$2"); name=$3; here=$(dirname "$(realpath "$0")")
 start() { local n=$1; shift; setsid "$@" >"$d/$n.log" 2>&1 </dev/null & echo $! >"$d/$n.pid"; }
 upto() { for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return 0; sleep 0.1; done; echo "timed out: $*" >&2; return 1; }
-d=$run/$name; net=${POD_NET:-10.1.0}; mkdir -p "$d"/{cni,cnibin,kubelet,containerd,state,pki}
+d=$run/$name; net=${POD_NET:-10.1.0}; ip=${NODE_IP:-192.0.2.1}; mkdir -p "$d"/{cni,cnibin,kubelet,containerd,state,pki}
 cp /usr/lib/cni/* "$d/cnibin/"
 cat >"$d/containerd.toml" <<T
 version = 2
@@ -32,13 +32,14 @@ T
 cat >"$d/cni/10-lab.conflist" <<J
 {"cniVersion": "0.4.0", "name": "lab", "plugins": [
  {"type": "bridge", "bridge": "lab0", "isGateway": true, "ipMasq": false,
-  "ipam": {"type": "host-local", "dataDir": "$d/ipam", "ranges": [[{"subnet": "$net.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+  "ipam": {"type": "host-local", "dataDir": "$d/ipam", "ranges": [[{"subnet": "$net.0/24"}], [{"subnet": "fd00:${net//./:}::/64"}]],
+  "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
  {"type": "loopback"}]}
 J
 cat >"$d/kubelet.yaml" <<Y
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-address: ${NODE_IP:-192.0.2.1}
+address: $ip
 readOnlyPort: 0
 podLogsDir: $d/logs
 failCgroupV1: false
@@ -69,4 +70,4 @@ fi
 rm "$d/image.tar"
 [ "${SCHEDULER:-}" = no ] || start scheduler "$bin/kube" scheduler --kubeconfig "$run/kubeconfig" --leader-elect=false --bind-address 127.0.0.1
 start kubelet "$bin/kube" kubelet --config "$d/kubelet.yaml" --kubeconfig "$run/kubeconfig" --root-dir "$d/kubelet" --cert-dir "$d/pki" \
-  --hostname-override "$name" --node-ip "${NODE_IP:-192.0.2.1}" --v=2
+  --hostname-override "$name" --node-ip "$ip,fd00::${ip//./:}" --v=2

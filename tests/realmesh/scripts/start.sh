@@ -19,7 +19,7 @@ apiserver)
     --bind-address "$host" --advertise-address "$host" --secure-port 6443 --cert-dir "$run/pki" \
     --token-auth-file pki/tokens.csv --authorization-mode RBAC --allow-privileged=true --kubelet-preferred-address-types=InternalIP \
     --service-account-issuer https://kubernetes.default.svc --service-account-key-file pki/sa.pub --service-account-signing-key-file pki/sa.key \
-    --service-cluster-ip-range 10.96.0.0/16
+    --service-cluster-ip-range 10.96.0.0/16,fd00:10:96::/112
   upto curl -skf -H "Authorization: Bearer $(cut -d, -f1 pki/tokens.csv)" "https://$host:6443/readyz" ;;
 manager)
   start "$bin/kube" controller-manager --kubeconfig "$run/kubeconfig" --bind-address 127.0.0.1 --secure-port 10257 \
