@@ -265,12 +265,13 @@ impl Bed {
         pods.into_iter().next().with_context(|| format!("no pod of {app} is ready"))
     }
 
-    /// The server's pods, that of the first node first.
+    /// The server's pods, one a node, that of the first node first.
     pub(super) fn servers(&self) -> Result<[KubePod; 2]> {
         let mut pods = self.pods("shop", Some("server"))?;
         pods.sort_by(|a, b| a.node.cmp(&b.node));
-        let count = pods.len();
-        <[KubePod; 2]>::try_from(pods).ok().with_context(|| format!("{count} servers, not 2"))
+        let nodes: Vec<_> = pods.iter().map(|pod| pod.node.as_str()).collect();
+        ensure!(nodes == NODES, "the servers are on {nodes:?}");
+        <[KubePod; 2]>::try_from(pods).ok().context("not two servers")
     }
 
     /// The virtual address of a Service.

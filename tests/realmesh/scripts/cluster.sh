@@ -22,7 +22,7 @@ exec 3>&1 >&2 # what is said on the way is not COMMAND's
 if [ "${NODES:-1}" = 2 ]; then # the second node: its own network namespace, one wire to the first
   ip netns add node-b; ip link add to-b type veth peer name to-a netns node-b
   in_b() { nsenter --net=/run/netns/node-b "$@"; }
-  in_b sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+  in_b sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.icmp_ratelimit=0
   ip link set to-b up; in_b ip link set lo up; in_b ip link set to-a up
   ip addr add 192.0.2.5/30 dev to-b; ip addr add fd00::192:0:2:5/126 dev to-b nodad
   in_b ip addr add 192.0.2.6/30 dev to-a; in_b ip addr add fd00::192:0:2:6/126 dev to-a nodad
