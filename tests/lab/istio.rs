@@ -72,7 +72,7 @@ pub(crate) fn inside(options: &Options, words: &[&str]) -> Result<ExitCode> {
         authorization::check(&bed, &mut report)?;
         ipv6::check(&bed, &mut report)?;
         services::check(&bed, &mut report)?;
-        lives::check(&mut bed, options.keeps(), &mut report)?;
+        lives::check(&mut bed, &mut report)?;
     }
     let held = report.failed() == 0;
     if !options.json {

@@ -179,6 +179,8 @@ impl Bed {
             let pods = self.pods(namespace, None)?;
             ensure!(pods.iter().all(|pod| !pod.enrolled), "{namespace} is enrolled unasked");
         }
+        let unasked = self.pods("shop", Some("wp-stand-in"))?;
+        ensure!(unasked.iter().all(|pod| !pod.enrolled), "a pod is enrolled against its label");
         Ok("the pods of namespace shop are enrolled by its label alone, the others are not".into())
     }
 
@@ -204,10 +206,17 @@ impl Bed {
         kube(&self.run, &self.bin.join("lab"), &asked)
     }
 
-    /// Kills istiod.
-    pub(super) fn kill_istiod(&self) -> Result<()> {
-        let process = fs::read_to_string(self.run.join("istiod.pid"))?.trim().parse()?;
+    /// Kills a part of the bed: the scripts keep its process there.
+    pub(super) fn kill(&self, part: &str) -> Result<()> {
+        let process = fs::read_to_string(self.run.join(format!("{part}.pid")))?.trim().parse()?;
         Ok(kill(Pid::from_raw(process), Signal::SIGKILL)?)
+    }
+
+    /// Starts it again, by the script that did before.
+    pub(super) fn start_again(&self, script: &str, part: &str) -> Result<()> {
+        let script = realmesh::folder()?.join("scripts").join(script);
+        let (bin, run) = (self.bin.to_string_lossy(), self.run.to_string_lossy());
+        kube(&self.run, &script, &[&bin, &run, part]).map(drop)
     }
 
     /// Applies objects.

@@ -10,20 +10,21 @@ use mesh_tests::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::bed::{Bed, KUBERNETES, KubePod};
+use super::{
+    authorization::policy,
+    bed::{Bed, KUBERNETES, KubePod},
+};
 use crate::report::Report;
 
-pub(super) fn check(bed: &mut Bed, stays: bool, report: &mut Report) -> Result<()> {
+pub(super) fn check(bed: &mut Bed, report: &mut Report) -> Result<()> {
     report.stage("while clients work");
     report.check("rolled", || rolled(bed));
     report.check("labelled", || labelled(bed));
     report.check("node-proxy-killed", || killed(bed));
     report.check("node-proxy-deleted", || deleted(bed));
     report.check("node-proxy-rolled", || rolled_over(bed));
-    // The last: nothing brings it back.
-    if !stays {
-        report.check("istiod-killed", || without_istiod(bed));
-    }
+    report.check("istio-cni-killed", || without_cni(bed));
+    report.check("istiod-killed", || without_istiod(bed));
     Ok(())
 }
 
@@ -179,7 +180,31 @@ fn rolled_over(bed: &mut Bed) -> Result<String> {
     Ok(format!("{held} requests, none failed"))
 }
 
-/// Without istiod what is open goes on, new connections are made, and the log says that it is gone.
+/// Without istio-cni's agent all goes on but that no pod starts; when it is back, one does, and is enrolled.
+fn without_cni(bed: &Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let before = bed.pod("shop", "other")?;
+    let running = start_loop(bed, &client, "http://server/")?;
+    bed.kill("node-a/cni")?;
+    bed.kubectl(&["-n", "shop", "delete", "pod", &before.name, "--wait=false"])?;
+    wait::until("kubelet to be refused a pod", KUBERNETES, || {
+        let about =
+            ["-n", "shop", "get", "events", "--field-selector", "reason=FailedCreatePodSandBox"];
+        Ok(bed.kubectl(&about)?.contains("istio-cni").then_some(()))
+    })?;
+    bed.start_again("cni.sh", "node-a")?;
+    let other = wait::until("another pod", KUBERNETES, || {
+        let pod = bed.pod("shop", "other").ok();
+        Ok(pod.filter(|pod| pod.name != before.name && pod.enrolled))
+    })?;
+    bed.reaches(&other, "http://server/")?;
+    let (held, failures) = end_loop(running)?;
+    ensure!(failures.is_empty(), "{} of {held} requests failed: {failures:?}", failures.len());
+    Ok(format!("{held} requests, none failed; {} waited for it, and is enrolled", other.name))
+}
+
+/// Without istiod what is open goes on, new connections are made, and the log says that it is gone; when it is
+/// back, what it says counts.
 fn without_istiod(bed: &Bed) -> Result<String> {
     let client = bed.pod("shop", "client")?;
     let [_, far] = bed.servers()?;
@@ -187,14 +212,23 @@ fn without_istiod(bed: &Bed) -> Result<String> {
     open.says("open", SOON)?;
     let log = bed.proxy_of(&client)?.log();
     let mark = log.mark();
-    bed.kill_istiod()?;
+    bed.kill("istiod")?;
     let line = wait::until("a line on the control plane", SOON, || {
         let lines = log.since(mark);
         Ok(lines.into_iter().find(|line| line.contains("\twarn\t") && line.contains("xds")))
     })?;
     bed.reaches(&client, "http://server/")?;
     bed.reaches(&client, &format!("http://{}:8080/", far.address))?;
+    bed.start_again("start.sh", "istiod")?;
+    let (other, url) = (bed.pod("shop", "other")?, format!("http://{}:8080/", far.address));
+    bed.reaches(&other, &url)?;
+    let objects =
+        policy("DENY", "- from: [{source: {principals: [cluster.local/ns/shop/sa/other]}}]");
+    bed.apply(&objects)?;
+    bed.refused(&other, &url)?;
+    bed.delete(&objects)?;
+    bed.reaches(&other, &url)?;
     ensure!(open.is_running(), "an open connection ended: {}", open.errors());
     let said = line.splitn(4, '\t').nth(3).unwrap_or_default().replace('\t', " ");
-    Ok(format!("connections go on; the log: {said:.120}"))
+    Ok(format!("connections go on, and a policy counts when it is back; the log: {said:.120}"))
 }
