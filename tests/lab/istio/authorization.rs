@@ -42,6 +42,8 @@ pub(super) fn check(bed: &Bed, report: &mut Report) -> Result<()> {
     report.check("strict", || case.strict());
     report.check("permissive-port", || case.per_port());
     report.check("probes", || case.probes());
+    report.check("strict-everywhere", || case.strict_everywhere());
+    report.check("allow-nothing", || case.allow_nothing());
     Ok(())
 }
 
@@ -175,5 +177,41 @@ impl Case<'_> {
         );
         self.bed.delete(&strict(""))?;
         Ok("two new STRICT pods became ready by their kubelet's probes; no restart".into())
+    }
+
+    /// The whole mesh by the root namespace, as most meshes have it.
+    fn strict_everywhere(&self) -> Result<String> {
+        let [first, second] = self.bed.servers()?;
+        let objects = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+             metadata: {name: default, namespace: istio-system}\nspec: {mtls: {mode: STRICT}}\n";
+        let url = |pod: &KubePod| format!("http://{}:8080/", pod.address);
+        self.bed.reaches(&self.legacy, &url(&first))?;
+        self.bed.apply(objects)?;
+        for pod in [&first, &second] {
+            self.bed.refused(&self.legacy, &url(pod))?;
+            self.bed.get(&self.client, &url(pod)).context("a pod of the mesh was refused")?;
+        }
+        self.bed.delete(objects)?;
+        self.bed.reaches(&self.legacy, &url(&second))?;
+        Ok(format!("{} is refused on both nodes", self.legacy.name))
+    }
+
+    /// A mesh that lets nobody in, and a policy that lets one in.
+    fn allow_nothing(&self) -> Result<String> {
+        let nothing = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+             metadata: {name: nothing, namespace: istio-system}\nspec: {}\n";
+        let one =
+            policy("ALLOW", "- from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]");
+        let server = "http://server/";
+        self.bed.apply(nothing)?;
+        self.bed.refused(&self.client, server)?;
+        self.bed.refused(&self.other, server)?;
+        self.bed.apply(&one)?;
+        self.bed.reaches(&self.client, server)?;
+        ensure!(self.bed.get(&self.other, server).is_err(), "other was let in");
+        self.bed.delete(nothing)?;
+        self.bed.delete(&one)?;
+        self.bed.reaches(&self.other, server)?;
+        Ok("nobody is let in, then client alone".into())
     }
 }

@@ -3,7 +3,11 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::capture::Capture;
+use mesh_tests::{
+    capture::Capture,
+    log::Line,
+    wait::{self, SOON},
+};
 use serde_json::Value;
 
 use super::bed::{Bed, KubePod};
@@ -109,6 +113,7 @@ fn seen(bed: &Bed, client: &KubePod, far: &KubePod, report: &mut Report) {
         Ok(format!("{count} connections opened by mutual TLS to service server"))
     });
     report.check("istioctl", || istioctl(bed));
+    report.check("istioctl-log", || istioctl_log(bed, client));
 }
 
 /// Both servers answer, sooner or later.
@@ -143,4 +148,25 @@ fn istioctl(bed: &Bed) -> Result<String> {
     let row = said.lines().find(|line| line.contains(&client.name)).context("no row of client")?;
     ensure!(row.contains("HBONE"), "{row}");
     Ok(row.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// It sets what is logged, on all nodes.
+fn istioctl_log(bed: &Bed, client: &KubePod) -> Result<String> {
+    let said = bed.istioctl(&["ztunnel-config", "log", "--level", "access:off,info"])?;
+    let levels = said.lines().filter(|line| line.contains("access")).count();
+    ensure!(levels == bed.nodes.len(), "{said}");
+    let proxy = bed.proxy_of(client)?;
+    let ended = || -> Result<f64> {
+        Ok(proxy.metrics()?.sum("istio_tcp_connections_closed_total", &[("reporter", "source")]))
+    };
+    let (mark, before) = (proxy.log().mark(), ended()?);
+    bed.get(client, "http://server/")?;
+    wait::until("the connection to end", SOON, || Ok((ended()? > before).then_some(())))?;
+    bed.istioctl(&["ztunnel-config", "log", "--reset"])?;
+    bed.get(client, &format!("http://server/{MARKER}"))?;
+    let outbound = |line: &Line| line.field("direction") == "outbound";
+    proxy.wait_access(mark, "a request", outbound)?;
+    let count = proxy.log().access_since(mark).iter().filter(|line| outbound(line)).count();
+    ensure!(count == 1, "{count} lines of two requests");
+    Ok("the access log was off for one request, and is on again".to_owned())
 }

@@ -1,14 +1,17 @@
 //! Services that are more than pods behind an address.
 
 use anyhow::{Context, Result, ensure};
+use mesh_tests::wait::{self, SOON};
 
-use super::bed::Bed;
+use super::{bed::Bed, paths::both};
 use crate::{checks::text, report::Report};
 
 pub(super) fn check(bed: &Bed, report: &mut Report) -> Result<()> {
-    report.stage("entries, a waypoint");
+    report.stage("entries, nearness, a waypoint");
     report.check("service-entry", || entry(bed));
+    report.check("near-ones", || near(bed));
     report.check("waypoint", || waypoint(bed));
+    report.check("waypoint-unbound", || unbound(bed));
     Ok(())
 }
 
@@ -28,6 +31,28 @@ fn entry(bed: &Bed) -> Result<String> {
         ensure!(text(answer, "pod") == legacy.name, "{answer}");
     }
     Ok(format!("ext.example.com and its address lead to {address}, the WorkloadEntry"))
+}
+
+/// A Service that is to stay on the node does, and then does not.
+fn near(bed: &Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let [near, _] = bed.servers()?;
+    let policy = |policy: &str| {
+        let patch = format!("{{\"spec\": {{\"internalTrafficPolicy\": \"{policy}\"}}}}");
+        bed.kubectl(&["-n", "shop", "patch", "service", "server", "-p", &patch])
+    };
+    policy("Local")?;
+    wait::until("the near server alone to answer", SOON, || {
+        for _ in 0..12 {
+            if text(&bed.get(&client, "http://server/")?, "pod") != near.name {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    })?;
+    policy("Cluster")?;
+    let all = wait::retry("both to answer", SOON, || both(bed, &client, "http://server/"))?;
+    Ok(format!("{} alone, then {all}", near.name))
 }
 
 /// As far as a node proxy goes: all goes to the waypoint, and nothing elsewhere.
@@ -51,4 +76,15 @@ fn waypoint(bed: &Bed) -> Result<String> {
     let past = seen.iter().find(|line| line.field("dst.addr").starts_with(&guarded.address));
     ensure!(past.is_none(), "guarded was reached: {}", past.context("none")?.text);
     Ok(format!("to {to}, the waypoint, and nowhere else: \"{}\"", line.field("error")))
+}
+
+/// Without its waypoint the Service is gone to directly.
+fn unbound(bed: &Bed) -> Result<String> {
+    let client = bed.pod("shop", "client")?;
+    let label = |label| bed.kubectl(&["-n", "shop", "label", "service", "guarded", label]);
+    label("istio.io/use-waypoint-")?;
+    let answer = bed.reaches(&client, "http://guarded/")?;
+    label("istio.io/use-waypoint=wp")?;
+    bed.refused(&client, "http://guarded/")?;
+    Ok(format!("{} answered without it, and not when it was bound again", text(&answer, "pod")))
 }
