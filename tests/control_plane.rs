@@ -58,6 +58,16 @@ impl World {
         self.scene.ask_until(&self.scene.client, web(80)[0]).unwrap();
     }
 
+    /// The server's node proxy has denied a connection because of this policy since then, without waiting for it.
+    fn denied_at_once(&self, since: u64, policy: &str) {
+        let line = self.scene.b.with_proxy(|proxy| {
+            proxy.wait_access(since, "the denial", |line| line.field("error").contains(policy))
+        });
+        let line = line.unwrap();
+        let took: u64 = line.field("duration").strip_suffix("ms").unwrap().parse().unwrap();
+        assert!(took < 2_000, "it waited: {}", line.text);
+    }
+
     /// A connection from the client to the server that exchanges something all the time.
     fn ticking(&self) -> Program {
         let to = web(TCP)[0].to_string();
@@ -260,12 +270,7 @@ fn a_policy_that_is_not_understood_denies_at_once() {
     world.control.wait_seen("a refusal", mark, refused).unwrap();
     let since = world.scene.b.with_proxy(|proxy| Ok(proxy.log().mark())).unwrap();
     world.scene.ask(&world.scene.client, web(80)[0]).unwrap_err();
-    let line = world.scene.b.with_proxy(|proxy| {
-        proxy.wait_access(since, "the denial", |line| line.field("error").contains(&name))
-    });
-    let line = line.unwrap();
-    let took: u64 = line.field("duration").strip_suffix("ms").unwrap().parse().unwrap();
-    assert!(took < 2_000, "it waited: {}", line.text);
+    world.denied_at_once(since, &name);
     let labels = [("policy", name.as_str()), ("reason", "rejected")];
     assert!(world.metric("b", "istio_policy_unavailable_denials_total", &labels) > 0.5);
     assert!(open.is_running(), "{}", open.output());
@@ -307,12 +312,7 @@ fn a_policy_that_cannot_be_read_denies_at_once() {
         let asked = world.scene.ask(&world.scene.client, web(80)[0]);
         assert_eq!(asked.is_err(), denies, "{case}");
         if denies {
-            let line = world.scene.b.with_proxy(|proxy| {
-                proxy.wait_access(since, "the denial", |line| line.field("error").contains(name))
-            });
-            let line = line.unwrap();
-            let took: u64 = line.field("duration").strip_suffix("ms").unwrap().parse().unwrap();
-            assert!(took < 2_000, "{case}: it waited: {}", line.text);
+            world.denied_at_once(since, name);
         }
         assert!(open.is_running(), "{case}: {}", open.output());
         let gone = vec![name.to_owned()];

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netns::Namespace;
@@ -156,6 +156,15 @@ impl Seen {
             return Some(format!("there was a connection to {to}, which is no tunnel"));
         }
         None
+    }
+
+    /// What there was, in a few words; fails unless it was something, and all of it a mesh's traffic.
+    pub fn only_tunnels(&self) -> Result<String> {
+        if let Some(objection) = self.objection() {
+            bail!(objection);
+        }
+        ensure!(!self.tls.is_empty(), "nothing was seen on the wire");
+        Ok(self.summary())
     }
 
     /// In a few words.

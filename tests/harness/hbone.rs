@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::SendRequest};
 use http::{HeaderMap, Method, Request, Response};
@@ -30,7 +30,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
-use crate::{ca::Issued, netns::Namespace};
+use crate::{Pod, ca::Issued, netns::Namespace};
 
 /// What a peer may take its time for.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -313,6 +313,14 @@ impl Listener {
             let _ended = local.block_on(&runtime, accept(listener, acceptor, told, status));
         })?;
         Ok(Self(seen))
+    }
+
+    /// Fails unless it is such a listener that answers the pod there: it sends everything back, with the command to the
+    /// server that it is not.
+    pub fn answers(pod: &Pod, to: SocketAddr) -> Result<()> {
+        let got = pod.tcp(to, &["echo", "hello"])?;
+        ensure!(got.err.contains(r"echo\nhello"), "{}", got.err);
+        Ok(())
     }
 
     /// What it has been asked so far.

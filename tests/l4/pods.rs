@@ -82,12 +82,7 @@ fn tunnels_belong_to_one_pod() {
     let listener = Listener::start(hand.namespace(), &issued, 200).unwrap();
     let to = SocketAddr::new(hand.v4(), 80);
     for pod in [&scene.client, &second] {
-        let all_back = || {
-            let got = pod.tcp(to, &["echo", "hello"])?;
-            anyhow::ensure!(got.err.contains(r"echo\nhello"), "{}", got.err);
-            Ok(())
-        };
-        wait::retry("an echo", SOON, all_back).unwrap();
+        wait::retry("an echo", SOON, || Listener::answers(pod, to)).unwrap();
     }
     for pod in [&scene.client, &second] {
         assert!(listener.seen().iter().any(|seen| seen.client.ip() == pod.v4()), "{}", pod.name());

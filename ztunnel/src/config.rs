@@ -19,6 +19,7 @@ use std::{collections::BTreeMap, io, num::NonZeroUsize, path::PathBuf, time::Dur
 
 /// Where Istio is installed, if nothing else is said.
 const ROOT_NAMESPACE: &str = "istio-system";
+
 /// Where Istio keeps the mesh's config in its images.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
 
@@ -283,30 +284,21 @@ fn node(reader: &mut Reader<'_>) -> Node {
     Node {
         name: name(reader, &keys::NODE_NAME, Text::default()),
         cluster: cluster.parse().unwrap_or_default(),
-        preferred: preferred(reader),
-        root: root(reader),
+        preferred: namespace(reader, &keys::PREFERED_SERVICE_NAMESPACE),
+        root: namespace(reader, &keys::POD_NAMESPACE).or_else(|| ROOT_NAMESPACE.parse().ok()),
         version: reader.text(&keys::ISTIO_META_ISTIO_VERSION),
     }
 }
 
-fn root(reader: &mut Reader<'_>) -> Option<Namespace> {
-    let own = reader.text(&keys::POD_NAMESPACE);
-    let root = if own.is_empty() { ROOT_NAMESPACE } else { &own };
-    let root = root.parse().ok();
-    if root.is_none() {
-        reader.invalid(&keys::POD_NAMESPACE, "write the name of a namespace");
-    }
-    root
-}
-
-fn preferred(reader: &mut Reader<'_>) -> Option<Namespace> {
-    let text = reader.text(&keys::PREFERED_SERVICE_NAMESPACE);
+/// Of a setting that may be left out.
+fn namespace(reader: &mut Reader<'_>, key: &Key) -> Option<Namespace> {
+    let text = reader.text(key);
     if text.is_empty() {
         return None;
     }
     let namespace = text.parse().ok();
     if namespace.is_none() {
-        reader.invalid(&keys::PREFERED_SERVICE_NAMESPACE, "write a name of Kubernetes");
+        reader.invalid(key, "write a name of Kubernetes");
     }
     namespace
 }

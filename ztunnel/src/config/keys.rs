@@ -58,7 +58,9 @@ keys! {
     INSTANCE_IP = "INSTANCE_IP", "address", "1.1.1.1", "Our address, for the node id.";
     POD_NAME = "POD_NAME", "name", "",
         "Our pod, for the node id. With the next two, tunnels are taken to ourselves on port 15008, in shared mode.";
-    POD_NAMESPACE = "POD_NAMESPACE", "name", "", "Our pod's namespace, for the node id. A policy of it whose scope cannot be read is one of all pods (`istio-system` where it is not set).";
+    POD_NAMESPACE = "POD_NAMESPACE", "name", "",
+        "Our pod's namespace, for the node id. A policy of it whose scope cannot be read is one of all pods \
+         (`istio-system` where it is not set).";
     SERVICE_ACCOUNT = "SERVICE_ACCOUNT", "name", "", "Our pod's service account.";
     KUBERNETES_SERVICE_HOST = "KUBERNETES_SERVICE_HOST", "host", "",
         "Set by Kubernetes; chooses the default addresses.";

@@ -4,7 +4,7 @@ use super::{
     Pod, Shared,
     protocol::{self, MAX_PACKET, Reaction},
     reconcile::{Reconcile, Step},
-    served::{Entry, Served, Up},
+    served::{Entry, Served, Up, why_uncaptured},
 };
 use mesh_platform::{
     netns::Netns,
@@ -99,7 +99,7 @@ impl Manager {
             }
         }
         let (served, shared) = (self.served.clone(), self.shared.clone());
-        self.tasks.spawn(move |draining| watch_capture(served, shared, draining));
+        self.tasks.spawn(move |draining| served.watch(shared, draining));
         loop {
             let ended = match self.connect(&agent, &draining).await {
                 Ok(connection) => {
@@ -268,7 +268,7 @@ impl Manager {
             let started = Pod::start(&shared, &key, who.clone(), &place, &tasks);
             started.map(|(sockets, connections)| {
                 let original_source = shared.redirect.original_source(&sockets);
-                let uncaptured = look(&shared.redirect, &sockets);
+                let uncaptured = why_uncaptured(&*shared.redirect, &sockets);
                 Up { info: who, sockets, original_source, connections, tasks, uncaptured }
             })
         };
@@ -349,46 +349,9 @@ impl Manager {
 
     fn publish(&self) {
         self.gate.set(self.machine.is_settled());
-        let counts = self.served.counts();
         let pods = &self.shared.telemetry.metrics.pods;
-        pods.active.set(number(counts.up));
-        pods.uncaptured.set(number(counts.uncaptured));
+        self.served.count(pods);
         pods.pending.set(number(self.machine.pending()));
-    }
-}
-
-/// How often it is looked whether the pods' connections still come to us.
-const LOOK: Duration = Duration::from_secs(10);
-
-/// Why a pod is not captured, as far as can be seen.
-fn look(redirect: &Arc<dyn Redirect>, sockets: &redirect::Pod) -> Option<String> {
-    redirect.uncaptured(sockets).unwrap_or_else(|error| {
-        tracing::debug!(uid = sockets.uid(), error = %chain(&error), "a pod's capture cannot be seen");
-        None
-    })
-}
-
-/// Looks, again and again, whether the pods' connections still come to us. What was written in their namespaces may be
-/// taken away by anybody, and then goes out in clear.
-async fn watch_capture(served: Served, shared: Shared, draining: Draining) {
-    let mut turn = interval_at(Instant::now() + LOOK, LOOK);
-    loop {
-        tokio::select! {
-            _ = turn.tick() => {}
-            () = draining.stopping() => return,
-        }
-        let (pods, redirect) = (served.sockets(), Arc::clone(&shared.redirect));
-        // The kernel takes a tenth of a millisecond for each.
-        let looked = move || {
-            let one = |sockets: redirect::Pod| {
-                let why = look(&redirect, &sockets);
-                (sockets, why)
-            };
-            pods.into_iter().map(one).collect::<Vec<_>>()
-        };
-        let Ok(found) = tokio::task::spawn_blocking(looked).await else { continue };
-        served.note(found);
-        shared.telemetry.metrics.pods.uncaptured.set(number(served.counts().uncaptured));
     }
 }
 
@@ -437,6 +400,6 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// A count as a gauge takes it.
-fn number(count: usize) -> f64 {
+pub(super) fn number(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }

@@ -1,14 +1,23 @@
 //! The pods that are served now: what the manager has of each, and what the dump says of it.
 
-use crate::connections::Connections;
-use mesh_platform::redirect;
-use mesh_runtime::tasks::Tasks;
+use super::{
+    Shared,
+    manager::{chain, number},
+};
+use crate::{connections::Connections, metrics::Pods};
+use mesh_platform::redirect::{self, Redirect};
+use mesh_runtime::tasks::{Draining, Tasks};
 use mesh_state::PodInfo;
 use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
+use tokio::time::{Instant, interval_at};
+
+/// How often it is looked whether the pods' connections still come to us.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// The pods that are served now, for the dump.
 #[derive(Clone, Debug)]
@@ -41,17 +50,9 @@ impl Up {
     /// Says why it is not captured, if it is not.
     pub(super) fn warn(&self, uid: &str, why: Option<&str>) {
         if let Some(why) = why {
-            tracing::warn!(uid, pod = %self.info, why, "the pod is served and not captured: its connections go past us");
+            tracing::warn!(uid, pod = %self.info, why, "the pod is served and not captured: its connections do not come to us");
         }
     }
-}
-
-/// How many pods are served.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Counts {
-    pub(super) up: usize,
-    /// Of those, how many are not captured.
-    pub(super) uncaptured: usize,
 }
 
 impl Served {
@@ -65,7 +66,7 @@ impl Served {
     }
 
     /// What is to be looked at.
-    pub(super) fn sockets(&self) -> Vec<redirect::Pod> {
+    fn sockets(&self) -> Vec<redirect::Pod> {
         let entries = self.entries();
         let up = entries.values().filter_map(|entry| match entry {
             Entry::Up(up) => Some(up.sockets.clone()),
@@ -75,7 +76,7 @@ impl Served {
     }
 
     /// Notes what was seen, and says what has changed.
-    pub(super) fn note(&self, seen: Vec<(redirect::Pod, Option<String>)>) {
+    fn note(&self, seen: Vec<(redirect::Pod, Option<String>)>) {
         let mut entries = self.entries();
         for (pod, why) in seen {
             let uid = pod.uid();
@@ -93,15 +94,40 @@ impl Served {
         }
     }
 
-    pub(super) fn counts(&self) -> Counts {
-        let mut counts = Counts { up: 0, uncaptured: 0 };
+    /// Counts them for the metrics.
+    pub(super) fn count(&self, pods: &Pods) {
+        let (mut up, mut uncaptured) = (0, 0);
         for entry in self.entries().values() {
-            if let Entry::Up(up) = entry {
-                counts.up += 1;
-                counts.uncaptured += usize::from(up.uncaptured.is_some());
+            if let Entry::Up(one) = entry {
+                up += 1;
+                uncaptured += usize::from(one.uncaptured.is_some());
             }
         }
-        counts
+        pods.active.set(number(up));
+        pods.uncaptured.set(number(uncaptured));
+    }
+
+    /// Looks, again and again, whether the pods' connections still come to us.
+    pub(super) async fn watch(self, shared: Shared, draining: Draining) {
+        let mut turn = interval_at(Instant::now() + LOOK, LOOK);
+        loop {
+            tokio::select! {
+                _ = turn.tick() => {}
+                () = draining.stopping() => return,
+            }
+            let (pods, redirect) = (self.sockets(), Arc::clone(&shared.redirect));
+            // The kernel takes a tenth of a millisecond for each.
+            let looked = move || {
+                let one = |sockets: redirect::Pod| {
+                    let why = why_uncaptured(&*redirect, &sockets);
+                    (sockets, why)
+                };
+                pods.into_iter().map(one).collect::<Vec<_>>()
+            };
+            let Ok(found) = tokio::task::spawn_blocking(looked).await else { continue };
+            self.note(found);
+            self.count(&shared.telemetry.metrics.pods);
+        }
     }
 
     fn capture(&self, up: &Up) -> Value {
@@ -144,4 +170,12 @@ impl Served {
             .collect();
         Value::Object(dump)
     }
+}
+
+/// Why a pod is not captured, as far as can be seen. What was written in its namespace may be taken away by anybody.
+pub(super) fn why_uncaptured(redirect: &dyn Redirect, sockets: &redirect::Pod) -> Option<String> {
+    redirect.uncaptured(sockets).unwrap_or_else(|error| {
+        tracing::debug!(uid = sockets.uid(), error = %chain(&error), "a pod's capture cannot be seen");
+        None
+    })
 }

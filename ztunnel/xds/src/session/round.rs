@@ -131,14 +131,14 @@ impl Round {
                 break;
             };
             let value = match resource {
-                Some(any) if any.type_url == kind.url() => any.value,
-                Some(any) => {
-                    let reason = format!("resource: is of type {}", any.type_url);
+                Some(any) if any.type_url == kind.url() => Ok(any.value),
+                Some(any) => Err(format!("resource: is of type {}", any.type_url)),
+                None => Err("resource: is not there".to_owned()),
+            };
+            let value = match value {
+                Ok(value) => value,
+                Err(reason) => {
                     updates.push(self.bad(name, reason, Vec::new()));
-                    continue;
-                }
-                None => {
-                    updates.push(self.bad(name, "resource: is not there".to_owned(), Vec::new()));
                     continue;
                 }
             };

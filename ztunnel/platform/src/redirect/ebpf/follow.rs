@@ -92,7 +92,8 @@ fn drain(socket: &Socket) -> io::Result<()> {
 }
 
 impl Shared {
-    /// Learns addresses anew, and has rules and routes as they should be. Returns whether it could: not while somebody else changes the namespace.
+    /// Learns addresses anew, and has rules and routes as they should be. Returns whether it could: not while somebody
+    /// else changes the namespace.
     fn refresh(&self) -> Result<bool, Box<dyn Error + Send + Sync>> {
         let Some(_exclusive) = self.netns.try_exclusive()? else { return Ok(false) };
         self.netns.run(|| {

@@ -113,15 +113,12 @@ impl Rules {
     pub(super) fn missing(&mut self, here: &Surroundings) -> io::Result<Option<String>> {
         let (rules, routes) = (self.rules()?, self.table()?);
         for family in self.families.clone() {
-            let at = |place| {
-                let is_it = |rule: &&RuleMessage| {
-                    is_ours(rule) && rule.header.family == family && priority(rule) == place
-                };
-                rules.iter().find(is_it)
+            let is_gone = |place: &u32| {
+                !rules.iter().any(|rule| {
+                    is_ours(rule) && rule.header.family == family && priority(rule) == *place
+                })
             };
-            if let Some(place) =
-                [ESCAPE, CAPTURE, STOP, LANDING].into_iter().find(|p| at(*p).is_none())
-            {
+            if let Some(place) = [ESCAPE, CAPTURE, STOP, LANDING].into_iter().find(is_gone) {
                 return Ok(Some(format!(
                     "the {} rule of preference {place} is gone",
                     name(family)
@@ -281,9 +278,7 @@ impl Rules {
 
     /// Takes away all that is ours.
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        for rule in self.rules()?.into_iter().filter(is_ours) {
-            self.delete(rule)?;
-        }
+        self.delete_where(|_| true)?;
         for route in self.table()? {
             if route.header.protocol == RouteProtocol::Other(PROTOCOL) {
                 gone(self.netlink.change(RouteNetlinkMessage::DelRoute(route), 0))?;
@@ -355,10 +350,6 @@ impl Rules {
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             result => result,
         })
-    }
-
-    fn delete(&mut self, message: RuleMessage) -> io::Result<()> {
-        gone(self.netlink.change(RouteNetlinkMessage::DelRule(message), 0))
     }
 }
 
